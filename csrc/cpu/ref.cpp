@@ -1,0 +1,105 @@
+// The portable kernels: plain C++ that any compiler vectorises as it can. They define what the others
+// are compared with; float32 throughout.
+#include <algorithm>
+#include <vector>
+
+#include "float_types.h"
+#include "kernels.h"
+
+namespace q4metal::cpu {
+namespace {
+
+// Partial sums per row: wide enough for any vector unit, and the order of addition is fixed by it.
+constexpr int kLanes = 16;
+
+float scale_at(const void* values, DType dtype, int64_t index) {
+  switch (dtype) {
+  case DType::f16:
+    return widen(static_cast<const Half*>(values)[index]);
+  case DType::bf16:
+    return widen(static_cast<const BFloat16*>(values)[index]);
+  case DType::f32:
+    break;
+  }
+  return static_cast<const float*>(values)[index];
+}
+
+// W[row, begin:end) in float32; begin and end are multiples of kCodesPerRun.
+void expand_row(const PackedMatrix& w, int64_t row, int64_t begin, int64_t end, float* out) {
+  const uint8_t* packed = w.weight + row * w.row_stride();
+  for (int64_t k = begin; k < end; k += kCodesPerRun, out += kCodesPerRun) {
+    unpack_run(packed, w.bits, k, out);
+    const int64_t group = row * w.groups() + k / w.group_size;
+    const float scale = scale_at(w.scales, w.scales_dtype, group);
+    const float bias = scale_at(w.biases, w.scales_dtype, group);
+    for (int i = 0; i < kCodesPerRun; ++i)
+      out[i] = out[i] * scale + bias;
+  }
+}
+
+float sum_lanes(const float* lanes) {
+  float sums[kLanes];
+  std::copy(lanes, lanes + kLanes, sums);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i)
+      sums[i] += sums[i + width];
+  return sums[0];
+}
+
+// One order of addition for every number of rows.
+void gemm(const PackedMatrix& w, const float* x, int64_t rows, float* y, int64_t begin, int64_t end) {
+  std::vector<float> dense(w.in_features);
+  for (int64_t n = begin; n < end; ++n) {
+    expand_row(w, n, 0, w.in_features, dense.data());
+    for (int64_t m = 0; m < rows; ++m) {
+      const float* row = x + m * w.in_features;
+      float lanes[kLanes] = {};
+      for (int64_t k = 0; k < w.in_features; k += kLanes)
+        for (int i = 0; i < kLanes; ++i)
+          lanes[i] += row[k + i] * dense[k + i];
+      y[m * w.out_features + n] = sum_lanes(lanes);
+    }
+  }
+}
+
+void gemm_transposed(const PackedMatrix& w, const float* x, int64_t rows, float* y, int64_t begin, int64_t end) {
+  // Sums of eight before they join the total: with 152,064 rows one running float32 sum loses digits.
+  constexpr int64_t kRows = 8;
+  const int64_t width = end - begin;
+  std::vector<float> dense(kRows * width), block(width);
+  for (int64_t m = 0; m < rows; ++m)
+    std::fill_n(y + m * w.in_features + begin, width, 0.0f);
+  for (int64_t n = 0; n < w.out_features; n += kRows) {
+    const int64_t count = std::min(kRows, w.out_features - n);
+    for (int64_t r = 0; r < count; ++r)
+      expand_row(w, n + r, begin, end, dense.data() + r * width);
+    for (int64_t m = 0; m < rows; ++m) {
+      std::fill(block.begin(), block.end(), 0.0f);
+      for (int64_t r = 0; r < count; ++r) {
+        const float factor = x[m * w.out_features + n + r];
+        for (int64_t k = 0; k < width; ++k)
+          block[k] += factor * dense[r * width + k];
+      }
+      float* out = y + m * w.in_features + begin;
+      for (int64_t k = 0; k < width; ++k)
+        out[k] += block[k];
+    }
+  }
+}
+
+size_t prepared_bytes(const PackedMatrix& w, int64_t rows) { return rows * w.in_features * sizeof(float); }
+
+void prepare(const PackedMatrix& w, const float* x, int64_t rows, std::byte* prepared) {
+  std::copy(x, x + rows * w.in_features, reinterpret_cast<float*>(prepared));
+}
+
+void matvec(const PackedMatrix& w, const std::byte* prepared, int64_t rows, float* y, int64_t begin, int64_t end) {
+  gemm(w, reinterpret_cast<const float*>(prepared), rows, y, begin, end);
+}
+
+} // namespace
+
+const KernelTable ref_kernels = {
+    "ref", {prepared_bytes, prepare, matvec}, {prepared_bytes, prepare, matvec}, gemm, gemm, gemm_transposed};
+
+} // namespace q4metal::cpu

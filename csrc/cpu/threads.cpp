@@ -1,0 +1,109 @@
+#include "threads.h"
+
+#include <pthread.h>
+
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace q4metal::cpu {
+namespace {
+
+// A token of a small model makes about 200 short calls: a worker that slept after each would pay some
+// 10 us of wake-up per call. It spins for about this many pauses (some 20 us) before it parks.
+constexpr int kSpins = 1000;
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("isb");
+#endif
+}
+
+// Returns once `value` differs from `old`.
+template <typename T> void wait_while(std::atomic<T>& value, T old) {
+  for (int i = 0; i < kSpins; ++i) {
+    if (value.load(std::memory_order_acquire) != old)
+      return;
+    pause();
+  }
+  while (value.load(std::memory_order_acquire) == old)
+    value.wait(old, std::memory_order_acquire);
+}
+
+thread_local bool inside_task = false;
+
+class Team {
+public:
+  void run(int count, ThreadTask task, void* context) {
+    std::lock_guard<std::mutex> turn(mutex_);
+    while (int(workers_.size()) < count - 1)
+      add_worker();
+    task_ = task;
+    context_ = context;
+    remaining_.store(count - 1, std::memory_order_relaxed);
+    for (int i = 0; i < count - 1; ++i) {
+      workers_[i]->ticket.fetch_add(1, std::memory_order_release);
+      workers_[i]->ticket.notify_one();
+    }
+    inside_task = true;
+    task(context, 0);
+    inside_task = false;
+    for (int left; (left = remaining_.load(std::memory_order_acquire)) != 0;)
+      wait_while(remaining_, left);
+  }
+
+private:
+  struct alignas(64) Worker {
+    std::atomic<uint32_t> ticket{0};
+  };
+
+  void add_worker() {
+    workers_.push_back(std::make_unique<Worker>());
+    Worker* worker = workers_.back().get();
+    const int thread = int(workers_.size());
+    // Detached and never joined: the team outlives every static destructor.
+    std::thread([this, worker, thread] {
+      inside_task = true;
+      for (uint32_t seen = 0;; ++seen) {
+        wait_while(worker->ticket, seen);
+        task_(context_, thread);
+        if (remaining_.fetch_sub(1, std::memory_order_acq_rel) == 1)
+          remaining_.notify_one();
+      }
+    }).detach();
+  }
+
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Worker>> workers_;
+  ThreadTask task_ = nullptr;
+  void* context_ = nullptr;
+  std::atomic<int> remaining_{0};
+};
+
+// Leaked on purpose, see add_worker. A forked child has none of the threads: it starts a new team.
+std::atomic<Team*> team{nullptr};
+
+Team& current_team() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    team.store(new Team);
+    pthread_atfork(nullptr, nullptr, [] { team.store(new Team); });
+  });
+  return *team.load();
+}
+
+} // namespace
+
+void run_on_team(int count, ThreadTask task, void* context) {
+  if (count <= 1 || inside_task) {
+    for (int thread = 0; thread < count; ++thread)
+      task(context, thread);
+    return;
+  }
+  current_team().run(count, task, context);
+}
+
+} // namespace q4metal::cpu

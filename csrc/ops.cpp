@@ -1,0 +1,34 @@
+// Every operator of torch.ops.q4metal, once. Backends register their kernels with TORCH_LIBRARY_IMPL;
+// shapes on the meta device and autograd are in torch_q4metal/ops.py; argument checks are in checks.h.
+//
+// Shared arguments: a packed matrix W [N, K] is `weight` uint32 or int32 [N, K * bits / 32], `scales`
+// and `biases` [N, K / group_size] in float32, float16 or bfloat16 (layout.h). `bias` [N] is the layer's
+// own vector, added in float32. Results have promote(x, scales, biases) as their dtype.
+// `precision`: "fast" or "exact" (float32 arithmetic throughout).
+#include <torch/library.h>
+
+TORCH_LIBRARY(q4metal, m) {
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag, at::Tag::needs_fixed_stride_order};
+
+  // x [..., K] -> x W^T + bias [..., N]; with transpose=False, x [..., N] -> x W [..., K].
+  m.def("matmul(Tensor x, Tensor weight, Tensor scales, Tensor? biases=None, Tensor? bias=None, "
+        "bool transpose=True, int group_size=64, int bits=4, str mode=\"affine\", "
+        "str precision=\"fast\") -> Tensor",
+        tags);
+  // x [K] -> W x + bias [N].
+  m.def("matvec(Tensor x, Tensor weight, Tensor scales, Tensor? biases=None, Tensor? bias=None, "
+        "int group_size=64, int bits=4, str mode=\"affine\", str precision=\"fast\") -> Tensor",
+        tags);
+  // ids [...] int32 or int64 -> rows of W [..., K] in `dtype` (None: the dtype of scales).
+  m.def("embedding(Tensor ids, Tensor weight, Tensor scales, Tensor? biases=None, "
+        "int group_size=64, int bits=4, str mode=\"affine\", ScalarType? dtype=None) -> Tensor",
+        tags);
+  // -> W [N, K] in `dtype` (None: the dtype of scales), rounded as MLX's CPU backend rounds.
+  m.def("dequantize(Tensor weight, Tensor scales, Tensor? biases=None, "
+        "int group_size=64, int bits=4, str mode=\"affine\", ScalarType? dtype=None) -> Tensor",
+        tags);
+  // w [N, K] -> (weight int32, scales, biases) with the numbers of mlx.core.quantize on a CPU.
+  m.def("quantize(Tensor w, int group_size=64, int bits=4, str mode=\"affine\") "
+        "-> (Tensor, Tensor, Tensor)",
+        tags);
+}

@@ -1,0 +1,54 @@
+"""Builds the extension torch_q4metal._C from csrc/ against the torch that is installed.
+
+``DEBUG=1`` builds without optimisation. Every source file compiles with the same flags for any CPU:
+kernels for an instruction set say so themselves (csrc/cpu/target.h) and are chosen at run time.
+"""
+
+import json
+import os
+import platform
+from pathlib import Path
+
+import torch
+from setuptools import setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+ROOT = Path(__file__).resolve().parent
+SOURCES = [
+    "csrc/ops.cpp",
+    "csrc/module.cpp",
+    "csrc/cpu/ops_cpu.cpp",
+    "csrc/cpu/dispatch.cpp",
+    "csrc/cpu/threads.cpp",
+    "csrc/cpu/codec.cpp",
+    "csrc/cpu/read_probe.cpp",
+    "csrc/cpu/ref.cpp",
+]
+if platform.machine().lower() in ("x86_64", "amd64"):
+    SOURCES.append("csrc/cpu/avx2.cpp")
+
+DEBUG = os.environ.get("DEBUG") == "1"
+# -ffp-contract=off: where MLX rounds a product and then a sum, the compiler must not fuse them.
+FLAGS = ["-std=c++20", "-O0" if DEBUG else "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
+
+
+class BuildWithStamp(BuildExtension):
+    """Leaves _build.json beside the extension, so that a wrong torch is named before the loader fails."""
+
+    def run(self) -> None:
+        super().run()
+        package = ROOT / "torch_q4metal" if self.inplace else Path(self.build_lib) / "torch_q4metal"
+        (package / "_build.json").write_text(json.dumps({"torch": torch.__version__}) + "\n")
+
+
+setup(
+    ext_modules=[
+        CppExtension(
+            "torch_q4metal._C",
+            SOURCES,
+            extra_compile_args={"cxx": FLAGS + (["-g"] if DEBUG else ["-g0"])},
+            depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.h"))],
+        )
+    ],
+    cmdclass={"build_ext": BuildWithStamp},
+)

@@ -1,0 +1,60 @@
+"""What the command-line apps share: exit codes, one-line errors, a console on stderr."""
+
+import os
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+from .errors import Q4MetalError
+
+if TYPE_CHECKING:
+    import typer
+    from rich.console import Console
+
+EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
+
+
+def console() -> "Console":
+    """A rich console on stderr; rich itself honours NO_COLOR, TERM=dumb and a stderr that is no terminal."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def run(app: "typer.Typer") -> NoReturn:
+    """Run a typer app and exit: 0 done, 1 error in one line, 2 usage, 130 after Ctrl-C, 141 closed pipe.
+
+    A traceback is shown for errors nobody foresaw, and for every error where ``--debug`` is given.
+    """
+    debug = "--debug" in sys.argv
+    try:
+        result = app(standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(result if isinstance(result, int) else 0)
+    except Q4MetalError as error:
+        _fail(str(error), EXIT_ERROR, debug)
+    except BrokenPipeError:
+        # The interpreter flushes stdout again on its way out: give it somewhere to write.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_PIPE)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    except Exception as error:
+        _exit_for_click(error)
+        raise
+
+
+def _fail(sentence: str, code: int, debug: bool) -> NoReturn:
+    if debug:
+        raise
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _exit_for_click(error: Exception) -> None:
+    """Exit as click would where the exception is click's own (typer vendors or imports it)."""
+    show, code = getattr(error, "show", None), getattr(error, "exit_code", None)
+    if callable(show) and isinstance(code, int):
+        show()
+        sys.exit(code)
+    if type(error).__name__ == "Abort":
+        sys.exit(EXIT_INTERRUPTED)

@@ -1,0 +1,228 @@
+"""Typed wrappers of ``torch.ops.q4metal``, their shapes on the meta device, and autograd.
+
+The schemas are in csrc/ops.cpp, argument checks in csrc/checks.h. A packed matrix W ``[N, K]`` is
+``weight`` int32 or uint32 ``[N, K * bits / 32]`` with ``scales`` and ``biases`` ``[N, K / group_size]``
+in float32, float16 or bfloat16. Every function raises ValueError, in one sentence, for shapes, dtypes
+or formats that do not fit together.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _extension
+
+_extension.load()
+_ops = torch.ops.q4metal
+
+
+def matmul(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    biases: Tensor | None = None,
+    bias: Tensor | None = None,
+    transpose: bool = True,
+    group_size: int = 64,
+    bits: int = 4,
+    mode: str = "affine",
+    precision: str = "fast",
+) -> Tensor:
+    """``x [..., K] @ W.T + bias`` -> ``[..., N]``; with ``transpose=False`` ``x [..., N] @ W`` -> ``[..., K]``.
+
+    The result has dtype promote(x, scales, biases); sums are float32. Differentiable with respect to
+    ``x`` and ``bias``; the backward pass works on the packed weight too.
+    """
+    return _ops.matmul(x, weight, scales, biases, bias, transpose, group_size, bits, mode, precision)
+
+
+def matvec(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    biases: Tensor | None = None,
+    bias: Tensor | None = None,
+    group_size: int = 64,
+    bits: int = 4,
+    mode: str = "affine",
+    precision: str = "fast",
+) -> Tensor:
+    """``W @ x + bias`` -> ``[N]`` for one ``x [K]``; otherwise as :func:`matmul`."""
+    return _ops.matvec(x, weight, scales, biases, bias, group_size, bits, mode, precision)
+
+
+def embedding(
+    ids: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    biases: Tensor | None = None,
+    group_size: int = 64,
+    bits: int = 4,
+    mode: str = "affine",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Rows of W for ``ids [...]`` (int64 or int32) -> ``[..., K]`` in ``dtype`` (None: the scales' dtype).
+
+    Raises IndexError for an id outside ``[0, N)``.
+    """
+    return _ops.embedding(ids, weight, scales, biases, group_size, bits, mode, dtype)
+
+
+def dequantize(
+    weight: Tensor,
+    scales: Tensor,
+    biases: Tensor | None = None,
+    group_size: int = 64,
+    bits: int = 4,
+    mode: str = "affine",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """W ``[N, K]`` in ``dtype`` (None: the scales' dtype, rounded as mlx.core.dequantize does on a CPU)."""
+    return _ops.dequantize(weight, scales, biases, group_size, bits, mode, dtype)
+
+
+def quantize(
+    w: Tensor, group_size: int = 64, bits: int = 4, mode: str = "affine"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Packs ``w [N, K]`` -> (weight int32, scales, biases) with the numbers of mlx.core.quantize on a CPU."""
+    return _ops.quantize(w, group_size, bits, mode)
+
+
+def cpu_kernels() -> str:
+    """Name of the CPU kernel table in use: a value of Q4METAL_CPU."""
+    return _extension.load().cpu_kernels()
+
+
+def read_probe(size: int, threads: int, repeats: int = 3) -> list[float]:
+    """Seconds of each of ``repeats`` passes of reading ``size`` bytes of memory with ``threads`` threads."""
+    return _extension.load().read_probe(size, threads, repeats)
+
+
+def _require(condition: bool, sentence: str) -> None:
+    # The fake kernels check only what their own arithmetic needs: csrc/checks.h checks everything, with data.
+    if not condition:
+        raise ValueError(sentence)
+
+
+def _promote(x: Tensor, scales: Tensor, biases: Tensor | None) -> torch.dtype:
+    dtype = torch.promote_types(x.dtype, scales.dtype)
+    return dtype if biases is None else torch.promote_types(dtype, biases.dtype)
+
+
+@torch.library.register_fake("q4metal::matmul")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    biases: Tensor | None = None,
+    bias: Tensor | None = None,
+    transpose: bool = True,
+    group_size: int = 64,
+    bits: int = 4,
+    mode: str = "affine",
+    precision: str = "fast",
+) -> Tensor:
+    out_features, in_features = scales.shape[0], scales.shape[1] * group_size
+    reduced, produced = (in_features, out_features) if transpose else (out_features, in_features)
+    _require(
+        x.dim() >= 1 and x.shape[-1] == reduced,
+        f"x has shape {list(x.shape)}; its last dimension must be {reduced} for a packed matrix of "
+        f"[{out_features}, {in_features}] with transpose={transpose}",
+    )
+    return x.new_empty((*x.shape[:-1], produced), dtype=_promote(x, scales, biases))
+
+
+@torch.library.register_fake("q4metal::matvec")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    biases: Tensor | None = None,
+    bias: Tensor | None = None,
+    group_size: int = 64,
+    bits: int = 4,
+    mode: str = "affine",
+    precision: str = "fast",
+) -> Tensor:
+    in_features = scales.shape[1] * group_size
+    _require(
+        x.dim() == 1 and x.shape[0] == in_features,
+        f"x has shape {list(x.shape)}; matvec takes [{in_features}] here, use matmul for more rows",
+    )
+    return x.new_empty((scales.shape[0],), dtype=_promote(x, scales, biases))
+
+
+@torch.library.register_fake("q4metal::embedding")
+def _(
+    ids: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    biases: Tensor | None = None,
+    group_size: int = 64,
+    bits: int = 4,
+    mode: str = "affine",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    own = _promote(scales, scales, biases)
+    return scales.new_empty((*ids.shape, scales.shape[1] * group_size), dtype=dtype or own)
+
+
+@torch.library.register_fake("q4metal::dequantize")
+def _(
+    weight: Tensor,
+    scales: Tensor,
+    biases: Tensor | None = None,
+    group_size: int = 64,
+    bits: int = 4,
+    mode: str = "affine",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    own = _promote(scales, scales, biases)
+    return scales.new_empty((scales.shape[0], scales.shape[1] * group_size), dtype=dtype or own)
+
+
+@torch.library.register_fake("q4metal::quantize")
+def _(
+    w: Tensor, group_size: int = 64, bits: int = 4, mode: str = "affine"
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, columns = w.shape
+    _require(columns % group_size == 0, f"w has K={columns}; it must be a multiple of group_size={group_size}")
+    packed = w.new_empty((rows, columns * bits // 32), dtype=torch.int32)
+    groups = w.new_empty((rows, columns // group_size))
+    return packed, groups, torch.empty_like(groups)
+
+
+def _save_matmul(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, scales, biases, bias, transpose, *format_and_precision = inputs
+    ctx.save_for_backward(weight, scales, biases)
+    ctx.x_dtype, ctx.transpose, ctx.format = x.dtype, transpose, format_and_precision
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _matmul_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    """dL/dx = g W for x W^T, and g W^T for x W: the other product of the same packed matrix."""
+    weight, scales, biases = ctx.saved_tensors
+    x_gradient = bias_gradient = None
+    if ctx.needs_input_grad[0]:
+        product = _ops.matmul(gradient, weight, scales, biases, None, not ctx.transpose, *ctx.format)
+        x_gradient = product.to(ctx.x_dtype)
+    if ctx.needs_input_grad[4]:
+        bias_gradient = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return x_gradient, None, None, None, bias_gradient, None, None, None, None, None
+
+
+torch.library.register_autograd("q4metal::matmul", _matmul_backward, setup_context=_save_matmul)
+
+
+def _save_matvec(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, scales, biases, bias, *format_and_precision = inputs
+    _save_matmul(ctx, (x, weight, scales, biases, bias, True, *format_and_precision), output)
+
+
+def _matvec_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    gradients = _matmul_backward(ctx, gradient)
+    return gradients[:5] + gradients[6:]  # matvec has no `transpose`
+
+
+torch.library.register_autograd("q4metal::matvec", _matvec_backward, setup_context=_save_matvec)

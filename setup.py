@@ -29,11 +29,17 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 DEBUG = os.environ.get("DEBUG") == "1"
 # -ffp-contract=off: where MLX rounds a product and then a sum, the compiler must not fuse them.
-FLAGS = ["-std=c++20", "-O0" if DEBUG else "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
+FLAGS = [
+    "-std=c++20",
+    "-O0" if DEBUG else "-O3",
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+    "-Wall",
+]
 
 
 class BuildWithStamp(BuildExtension):
-    """Leaves _build.json beside the extension, so that a wrong torch is named before the loader fails."""
+    """Leaves _build.json beside the extension: a wrong torch is named before the loader fails."""
 
     def run(self) -> None:
         super().run()

@@ -1,8 +1,8 @@
 // The packed layout of MLX's affine quantization; every kernel reads its constants from here.
 //
-// A matrix W [N, K] is stored as weight [N, K * bits / 32] words, scales and biases [N, K / group_size].
-// A row of weight is one little-endian bit stream: code k occupies bits [k * bits, (k + 1) * bits).
-// W[n][k] = scales[n][k / group_size] * code[n][k] + biases[n][k / group_size].
+// A matrix W [N, K] is stored as weight [N, K * bits / 32] words, scales and biases [N, K /
+// group_size]. A row of weight is one little-endian bit stream: code k occupies bits [k * bits, (k
+// + 1) * bits). W[n][k] = scales[n][k / group_size] * code[n][k] + biases[n][k / group_size].
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
-// The Python module torch_q4metal._C: importing it registers the operators; its functions know no Tensor.
+// The Python module torch_q4metal._C: importing it registers the operators; its functions know no
+// Tensor.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -6,7 +7,9 @@
 #include "cpu/read_probe.h"
 
 PYBIND11_MODULE(_C, m) {
-  m.def("cpu_kernels", [] { return q4metal::cpu::kernels().name; }, "Name of the CPU kernel table in use.");
+  m.def(
+      "cpu_kernels", [] { return q4metal::cpu::kernels().name; },
+      "Name of the CPU kernel table in use.");
   m.def("read_probe", &q4metal::cpu::read_probe, pybind11::arg("bytes"), pybind11::arg("threads"),
         pybind11::arg("repeats"), pybind11::call_guard<pybind11::gil_scoped_release>(),
         "Seconds of each pass of reading `bytes` bytes of memory with `threads` threads.");

@@ -1,10 +1,11 @@
-// Every operator of torch.ops.q4metal, once. Backends register their kernels with TORCH_LIBRARY_IMPL;
-// shapes on the meta device and autograd are in torch_q4metal/ops.py; argument checks are in checks.h.
+// Every operator of torch.ops.q4metal, once. Backends register their kernels with
+// TORCH_LIBRARY_IMPL; shapes on the meta device and autograd are in torch_q4metal/ops.py; argument
+// checks are in checks.h.
 //
-// Shared arguments: a packed matrix W [N, K] is `weight` uint32 or int32 [N, K * bits / 32], `scales`
-// and `biases` [N, K / group_size] in float32, float16 or bfloat16 (layout.h). `bias` [N] is the layer's
-// own vector, added in float32. Results have promote(x, scales, biases) as their dtype.
-// `precision`: "fast" or "exact" (float32 arithmetic throughout).
+// Shared arguments: a packed matrix W [N, K] is `weight` uint32 or int32 [N, K * bits / 32],
+// `scales` and `biases` [N, K / group_size] in float32, float16 or bfloat16 (layout.h). `bias` [N]
+// is the layer's own vector, added in float32. Results have promote(x, scales, biases) as their
+// dtype. `precision`: "fast" or "exact" (float32 arithmetic throughout).
 #include <torch/library.h>
 
 TORCH_LIBRARY(q4metal, m) {

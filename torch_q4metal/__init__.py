@@ -1,7 +1,7 @@
-"""MLX 4-bit language models in PyTorch: weights stay packed, ``torch.ops.q4metal`` computes on them.
+"""MLX 4-bit language models in PyTorch: weights stay packed in memory and in the operators.
 
-Importing the package registers the operators. ``python -m torch_q4metal.<app>`` is the exception: there
-torch is imported when the app needs it, so that ``--help`` answers at once.
+Importing the package registers the operators. ``python -m torch_q4metal.<app>`` is the exception:
+there torch is imported when the app needs it, so that ``--help`` answers at once.
 """
 
 import importlib
@@ -65,7 +65,7 @@ def __dir__() -> list[str]:
 
 
 def _is_app_start() -> bool:
-    """Whether ``python -m torch_q4metal.<app>`` is being located: runpy leaves "-m" in argv[0] until then."""
+    """Whether ``python -m torch_q4metal.<app>`` is being located: until then argv[0] is "-m"."""
     return sys.argv[:1] == ["-m"] and any(word.startswith(f"{__name__}.") for word in sys.orig_argv)
 
 

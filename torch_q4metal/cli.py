@@ -14,14 +14,14 @@ EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
 
 
 def console() -> "Console":
-    """A rich console on stderr; rich itself honours NO_COLOR, TERM=dumb and a stderr that is no terminal."""
+    """A rich console on stderr; rich honours NO_COLOR, TERM=dumb and a redirected stderr."""
     from rich.console import Console
 
     return Console(stderr=True, highlight=False)
 
 
 def run(app: "typer.Typer") -> NoReturn:
-    """Run a typer app and exit: 0 done, 1 error in one line, 2 usage, 130 after Ctrl-C, 141 closed pipe.
+    """Run a typer app and exit: 0 done, 1 error in one line, 2 usage, 130 Ctrl-C, 141 closed pipe.
 
     A traceback is shown for errors nobody foresaw, and for every error where ``--debug`` is given.
     """

@@ -18,8 +18,8 @@ class PackedModule(nn.Module):
     """Holds one packed matrix W ``[N, K]`` as buffers; what Q4Linear and Q4Embedding share.
 
     ``weight`` is int32 here (uint32 tensors can be neither shifted nor pickled) and uint32 in
-    ``state_dict()``, MLX's dtype; loading takes both. ``.to(dtype)`` moves nothing but the layer's own
-    bias: rounding scales or biases to another dtype would change every weight.
+    ``state_dict()``, MLX's dtype; loading takes both. ``.to(dtype)`` moves nothing but the
+    layer's own bias: rounding scales or biases to another dtype would change every weight.
     """
 
     weight: Tensor
@@ -27,7 +27,14 @@ class PackedModule(nn.Module):
     biases: Tensor
 
     def __init__(
-        self, weight: Tensor, scales: Tensor, biases: Tensor, *, group_size: int, bits: int, mode: str
+        self,
+        weight: Tensor,
+        scales: Tensor,
+        biases: Tensor,
+        *,
+        group_size: int,
+        bits: int,
+        mode: str,
     ) -> None:
         super().__init__()
         self.group_size, self.bits, self.mode = group_size, bits, mode
@@ -78,7 +85,7 @@ def _empty_packed(
 
 
 class Q4Linear(PackedModule):
-    """``y = x W^T + bias`` with W packed at 2, 3, 4, 5, 6 or 8 bits; takes the place of ``nn.Linear``.
+    """``y = x W^T + bias`` with W packed at 2, 3, 4, 5, 6 or 8 bits; replaces ``nn.Linear``.
 
     ``x [..., in_features]`` -> ``[..., out_features]`` in promote(x.dtype, scales.dtype).
     ``precision`` is "fast" or "exact" (float32 arithmetic throughout).
@@ -97,11 +104,13 @@ class Q4Linear(PackedModule):
         precision: str = "fast",
         device: torch.device | str | None = None,
     ) -> None:
-        """A layer of zeros to load a state dict into; ``dtype`` is that of scales, biases and bias."""
+        """A layer of zeros to load a state dict into; ``dtype`` is for scales, biases, bias."""
         packed = _empty_packed(out_features, in_features, group_size, bits, dtype, device)
         super().__init__(*packed, group_size=group_size, bits=bits, mode=mode)
         self.in_features, self.out_features, self.precision = in_features, out_features, precision
-        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        self.bias = (
+            nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        )
 
     @classmethod
     def from_tensors(
@@ -116,9 +125,11 @@ class Q4Linear(PackedModule):
         mode: str = "affine",
         precision: str = "fast",
     ) -> "Q4Linear":
-        """A layer on these very tensors (nothing is copied); shapes as torch.ops.q4metal.matmul takes them."""
+        """A layer on these very tensors, without a copy; shapes as ops.matmul takes them."""
         layer = cls.__new__(cls)
-        PackedModule.__init__(layer, weight, scales, biases, group_size=group_size, bits=bits, mode=mode)
+        PackedModule.__init__(
+            layer, weight, scales, biases, group_size=group_size, bits=bits, mode=mode
+        )
         layer.in_features, layer.out_features = scales.shape[1] * group_size, scales.shape[0]
         layer.precision = precision
         if isinstance(bias, nn.Parameter):
@@ -129,7 +140,7 @@ class Q4Linear(PackedModule):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, group_size: int = 64, bits: int = 4) -> "Q4Linear":
-        """Quantizes an ``nn.Linear`` with MLX's numbers; its bias is kept. K must divide into groups."""
+        """Quantizes an ``nn.Linear`` with MLX's numbers; in_features must divide into groups."""
         with torch.no_grad():
             packed = ops.quantize(linear.weight.detach(), group_size, bits)
         return cls.from_tensors(*packed, linear.bias, group_size=group_size, bits=bits)
@@ -141,7 +152,8 @@ class Q4Linear(PackedModule):
 
     def extra_repr(self) -> str:
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, "
             f"bits={self.bits}, group_size={self.group_size}, scales={_short(self.scales.dtype)}"
         )
 
@@ -185,14 +197,18 @@ class Q4Embedding(PackedModule):
     ) -> "Q4Embedding":
         """A table on these very tensors; ``dtype`` is that of the rows that ``forward`` returns."""
         table = cls.__new__(cls)
-        PackedModule.__init__(table, weight, scales, biases, group_size=group_size, bits=bits, mode=mode)
+        PackedModule.__init__(
+            table, weight, scales, biases, group_size=group_size, bits=bits, mode=mode
+        )
         table.num_embeddings, table.embedding_dim = scales.shape[0], scales.shape[1] * group_size
         table.precision, table.dtype = precision, dtype
         return table
 
     @classmethod
-    def from_embedding(cls, embedding: nn.Embedding, group_size: int = 64, bits: int = 4) -> "Q4Embedding":
-        """Quantizes an ``nn.Embedding`` with MLX's numbers; embedding_dim must divide into groups."""
+    def from_embedding(
+        cls, embedding: nn.Embedding, group_size: int = 64, bits: int = 4
+    ) -> "Q4Embedding":
+        """Quantizes an ``nn.Embedding`` with MLX's numbers, as Q4Linear.from_linear does."""
         with torch.no_grad():
             packed = ops.quantize(embedding.weight.detach(), group_size, bits)
         return cls.from_tensors(*packed, group_size=group_size, bits=bits)
@@ -204,7 +220,9 @@ class Q4Embedding(PackedModule):
 
     def as_linear(self, x: Tensor) -> Tensor:
         """The tied head: ``x [..., embedding_dim]`` -> logits ``[..., num_embeddings]``."""
-        return ops.matmul(x, *self._packed, None, True, self.group_size, self.bits, self.mode, self.precision)
+        return ops.matmul(
+            x, *self._packed, None, True, self.group_size, self.bits, self.mode, self.precision
+        )
 
     def extra_repr(self) -> str:
         return (
@@ -225,9 +243,10 @@ def replace_linears(
 ) -> nn.Module:
     """Quantizes the ``nn.Linear`` layers of a model in place and returns the model.
 
-    ``filter(name, linear)`` says which ones. Subclasses of ``nn.Linear`` are left alone, since their
-    owners read ``weight`` themselves (nn.MultiheadAttention does), and so are layers whose in_features
-    is no multiple of ``group_size``, which the log names. A layer that occurs twice is quantized once.
+    ``filter(name, linear)`` says which ones. Subclasses of ``nn.Linear`` are left alone, since
+    their owners read ``weight`` themselves (nn.MultiheadAttention does), and so are layers
+    whose in_features is no multiple of ``group_size``, which the log names. A layer that occurs
+    twice is quantized once.
     """
     if type(module) is nn.Linear and filter("", module):
         return Q4Linear.from_linear(module, group_size, bits)
@@ -236,7 +255,12 @@ def replace_linears(
         if type(linear) is not nn.Linear or not filter(name, linear):
             continue
         if linear.in_features % group_size:
-            log.info("%s stays dense: in_features=%d, group_size=%d", name, linear.in_features, group_size)
+            log.info(
+                "%s stays dense: in_features=%d, group_size=%d",
+                name,
+                linear.in_features,
+                group_size,
+            )
             continue
         if linear not in made:
             made[linear] = Q4Linear.from_linear(linear, group_size, bits)

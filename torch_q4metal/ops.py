@@ -1,9 +1,9 @@
 """Typed wrappers of ``torch.ops.q4metal``, their shapes on the meta device, and autograd.
 
 The schemas are in csrc/ops.cpp, argument checks in csrc/checks.h. A packed matrix W ``[N, K]`` is
-``weight`` int32 or uint32 ``[N, K * bits / 32]`` with ``scales`` and ``biases`` ``[N, K / group_size]``
-in float32, float16 or bfloat16. Every function raises ValueError, in one sentence, for shapes, dtypes
-or formats that do not fit together.
+``weight`` int32 or uint32 ``[N, K * bits / 32]`` with ``scales`` and ``biases`` ``[N, K /
+group_size]`` in float32, float16 or bfloat16. Every function raises ValueError, in one sentence,
+for shapes, dtypes or formats that do not fit together.
 """
 
 from typing import Any
@@ -29,12 +29,14 @@ def matmul(
     mode: str = "affine",
     precision: str = "fast",
 ) -> Tensor:
-    """``x [..., K] @ W.T + bias`` -> ``[..., N]``; with ``transpose=False`` ``x [..., N] @ W`` -> ``[..., K]``.
+    """``x [..., K] @ W.T + bias``, or ``x [..., N] @ W + bias`` with ``transpose=False``.
 
-    The result has dtype promote(x, scales, biases); sums are float32. Differentiable with respect to
-    ``x`` and ``bias``; the backward pass works on the packed weight too.
+    The result has dtype promote(x, scales, biases); sums are float32. Differentiable with
+    respect to ``x`` and ``bias``; the backward pass works on the packed weight too.
     """
-    return _ops.matmul(x, weight, scales, biases, bias, transpose, group_size, bits, mode, precision)
+    return _ops.matmul(
+        x, weight, scales, biases, bias, transpose, group_size, bits, mode, precision
+    )
 
 
 def matvec(
@@ -62,7 +64,7 @@ def embedding(
     mode: str = "affine",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Rows of W for ``ids [...]`` (int64 or int32) -> ``[..., K]`` in ``dtype`` (None: the scales' dtype).
+    """Rows of W for ``ids [...]`` (int64, int32) -> ``[..., K]`` in ``dtype`` (None: the scales').
 
     Raises IndexError for an id outside ``[0, N)``.
     """
@@ -78,14 +80,14 @@ def dequantize(
     mode: str = "affine",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """W ``[N, K]`` in ``dtype`` (None: the scales' dtype, rounded as mlx.core.dequantize does on a CPU)."""
+    """W ``[N, K]`` in ``dtype`` (None: the scales', rounded as mlx.core.dequantize on a CPU)."""
     return _ops.dequantize(weight, scales, biases, group_size, bits, mode, dtype)
 
 
 def quantize(
     w: Tensor, group_size: int = 64, bits: int = 4, mode: str = "affine"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Packs ``w [N, K]`` -> (weight int32, scales, biases) with the numbers of mlx.core.quantize on a CPU."""
+    """Packs ``w [N, K]`` -> (weight int32, scales, biases), as mlx.core.quantize on a CPU does."""
     return _ops.quantize(w, group_size, bits, mode)
 
 
@@ -95,14 +97,21 @@ def cpu_kernels() -> str:
 
 
 def read_probe(size: int, threads: int, repeats: int = 3) -> list[float]:
-    """Seconds of each of ``repeats`` passes of reading ``size`` bytes of memory with ``threads`` threads."""
+    """Seconds of each of ``repeats`` passes that read ``size`` bytes with ``threads`` threads."""
     return _extension.load().read_probe(size, threads, repeats)
 
 
 def _require(condition: bool, sentence: str) -> None:
-    # The fake kernels check only what their own arithmetic needs: csrc/checks.h checks everything, with data.
+    # Fake kernels check only what their own arithmetic needs: csrc/checks.h checks everything.
     if not condition:
         raise ValueError(sentence)
+
+
+def _require_one_device(tensor: Tensor, name: str, weight: Tensor) -> None:
+    _require(
+        tensor.device == weight.device,
+        f"{name} is on {tensor.device} and weight on {weight.device}; both must be on one device",
+    )
 
 
 def _promote(x: Tensor, scales: Tensor, biases: Tensor | None) -> torch.dtype:
@@ -123,6 +132,7 @@ def _(
     mode: str = "affine",
     precision: str = "fast",
 ) -> Tensor:
+    _require_one_device(x, "x", weight)
     out_features, in_features = scales.shape[0], scales.shape[1] * group_size
     reduced, produced = (in_features, out_features) if transpose else (out_features, in_features)
     _require(
@@ -145,6 +155,7 @@ def _(
     mode: str = "affine",
     precision: str = "fast",
 ) -> Tensor:
+    _require_one_device(x, "x", weight)
     in_features = scales.shape[1] * group_size
     _require(
         x.dim() == 1 and x.shape[0] == in_features,
@@ -164,6 +175,7 @@ def _(
     mode: str = "affine",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
+    _require_one_device(ids, "ids", weight)
     own = _promote(scales, scales, biases)
     return scales.new_empty((*ids.shape, scales.shape[1] * group_size), dtype=dtype or own)
 
@@ -187,7 +199,10 @@ def _(
     w: Tensor, group_size: int = 64, bits: int = 4, mode: str = "affine"
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = w.shape
-    _require(columns % group_size == 0, f"w has K={columns}; it must be a multiple of group_size={group_size}")
+    _require(
+        columns % group_size == 0,
+        f"w has K={columns}; it must be a multiple of group_size={group_size}",
+    )
     packed = w.new_empty((rows, columns * bits // 32), dtype=torch.int32)
     groups = w.new_empty((rows, columns // group_size))
     return packed, groups, torch.empty_like(groups)
@@ -205,9 +220,13 @@ def _matmul_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     weight, scales, biases = ctx.saved_tensors
     x_gradient = bias_gradient = None
     if ctx.needs_input_grad[0]:
-        product = _ops.matmul(gradient, weight, scales, biases, None, not ctx.transpose, *ctx.format)
+        product = _ops.matmul(
+            gradient, weight, scales, biases, None, not ctx.transpose, *ctx.format
+        )
         x_gradient = product.to(ctx.x_dtype)
-    if ctx.needs_input_grad[4]:
+    if (
+        ctx.bias_dtype is not None and ctx.needs_input_grad[4]
+    ):  # the tuple ends before trailing defaults
         bias_gradient = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias_dtype)
     return x_gradient, None, None, None, bias_gradient, None, None, None, None, None
 

@@ -1,14 +1,14 @@
-"""MLX's affine quantization in plain PyTorch: the written specification, and the oracle of the tests.
+"""MLX's affine quantization in plain PyTorch: the written specification and the tests' oracle.
 
-Nothing here is fast and nothing here calls the extension. A packed matrix W of N rows (out_features)
-and K columns (in_features) is three tensors:
+Nothing here is fast and nothing here calls the extension. A packed matrix W of N rows
+(out_features) and K columns (in_features) is three tensors:
 
 * ``weight`` int32 or uint32 ``[N, K * bits / 32]``: each row is one little-endian bit stream, code
   ``k`` in bits ``[k * bits, (k + 1) * bits)``;
 * ``scales`` and ``biases`` ``[N, K / group_size]``, float32, float16 or bfloat16.
 
-``W[n, k] = scales[n, k // group_size] * code[n, k] + biases[n, k // group_size]``. The layout and the
-rounding are those of ``mlx.core.quantize`` and ``mlx.core.dequantize`` on a CPU (mlx 0.32).
+``W[n, k] = scales[n, k // group_size] * code[n, k] + biases[n, k // group_size]``. The layout and
+the rounding are those of ``mlx.core.quantize`` and ``mlx.core.dequantize`` on a CPU (mlx 0.32).
 """
 
 import torch
@@ -47,8 +47,8 @@ def quantize(w: Tensor, group_size: int = 64, bits: int = 4) -> tuple[Tensor, Te
     """Quantize ``w`` ``[N, K]`` with the numbers of ``mlx.core.quantize`` on a CPU, bit for bit.
 
     Returns ``(weight int32 [N, K * bits / 32], scales [N, K / group_size], biases [same])``; scales
-    and biases have the dtype of ``w``. All arithmetic is float32 and rounds half to even. The edge of
-    the larger magnitude is met exactly, and so is zero.
+    and biases have the dtype of ``w``. All arithmetic is float32 and rounds half to even. The
+    edge of the larger magnitude is met exactly, and so is zero.
     """
     rows, columns = w.shape
     groups = w.to(torch.float32).reshape(rows, columns // group_size, group_size)
@@ -99,7 +99,7 @@ def matmul(
     group_size: int = 64,
     bits: int = 4,
 ) -> Tensor:
-    """``x @ W.T + bias`` (``x @ W`` with ``transpose=False``) in float64: what every kernel is held to."""
+    """``x @ W.T + bias``, or ``x @ W``, in float64: what every kernel is held to."""
     dense = dequantize(weight, scales.double(), biases.double(), group_size, bits)
     y = x.double() @ (dense.T if transpose else dense)
     return y if bias is None else y + bias.double()

@@ -1,5 +1,5 @@
-// Packing, unpacking and MLX's quantizer, a row at a time. Numbers equal mlx.core on a CPU bit for bit
-// (tests/oracle); the formulas are written out in torch_q4metal/reference.py.
+// Packing, unpacking and MLX's quantizer, a row at a time. Numbers equal mlx.core on a CPU bit for
+// bit (tests/oracle); the formulas are written out in torch_q4metal/reference.py.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -10,8 +10,8 @@
 namespace q4metal::cpu {
 namespace {
 
-// Eight codes are `bits` whole bytes. A read of eight bytes that would pass the end of the run is moved
-// back inside it: 32 codes are at least eight bytes.
+// Eight codes are `bits` whole bytes. A read of eight bytes that would pass the end of the run is
+// moved back inside it: 32 codes are at least eight bytes.
 inline uint64_t eight_codes(const uint8_t* run, int bits, int eighth) {
   const int begin = eighth * bits, last = 4 * bits - 8;
   uint64_t stream;
@@ -19,8 +19,9 @@ inline uint64_t eight_codes(const uint8_t* run, int bits, int eighth) {
   return begin > last ? stream >> (8 * (begin - last)) : stream;
 }
 
-template <typename T> void quantize_values(const T* values, int64_t in_features, int group_size, int bits,
-                                           uint32_t* weight, T* scales, T* biases) {
+template <typename T>
+void quantize_values(const T* values, int64_t in_features, int group_size, int bits,
+                     uint32_t* weight, T* scales, T* biases) {
   const float levels = float((1 << bits) - 1);
   std::memset(weight, 0, row_bytes(in_features, bits));
   for (int64_t g = 0; g < in_features / group_size; ++g) {
@@ -71,7 +72,8 @@ void dequantize_values(const PackedMatrix& w, int64_t row, T* out) {
   }
 }
 
-template <typename S> void dequantize_to(const PackedMatrix& w, int64_t row, DType out_dtype, void* out) {
+template <typename S>
+void dequantize_to(const PackedMatrix& w, int64_t row, DType out_dtype, void* out) {
   const bool own = out_dtype == w.scales_dtype;
   switch (out_dtype) {
   case DType::f32:
@@ -108,11 +110,11 @@ void dequantize_row(const PackedMatrix& w, int64_t row, DType out_dtype, void* o
   }
 }
 
-void quantize_row(const void* values, DType dtype, int64_t in_features, int group_size, int bits, uint32_t* weight,
-                  void* scales, void* biases) {
+void quantize_row(const void* values, DType dtype, int64_t in_features, int group_size, int bits,
+                  uint32_t* weight, void* scales, void* biases) {
   const auto as = [&]<typename T>() {
-    quantize_values(static_cast<const T*>(values), in_features, group_size, bits, weight, static_cast<T*>(scales),
-                    static_cast<T*>(biases));
+    quantize_values(static_cast<const T*>(values), in_features, group_size, bits, weight,
+                    static_cast<T*>(scales), static_cast<T*>(biases));
   };
   switch (dtype) {
   case DType::f32:

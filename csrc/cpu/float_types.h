@@ -1,4 +1,5 @@
-// float16 and bfloat16 as bits, for kernels that know no torch: widening, and rounding half to even.
+// float16 and bfloat16 as bits, for kernels that know no torch: widening, and rounding half to
+// even.
 #pragma once
 
 #include <bit>
@@ -47,7 +48,8 @@ template <> inline Half narrow<Half>(float value) {
     return {uint16_t(sign | 0x7e00)};
   if (magnitude >= 0x477ff000) // rounds to 65520 or more
     return {uint16_t(sign | 0x7c00)};
-  if (magnitude < 0x38800000) { // subnormal: let the addition of 0.5 do the rounding, in steps of 2^-24
+  if (magnitude <
+      0x38800000) { // subnormal: let the addition of 0.5 do the rounding, in steps of 2^-24
     const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
     return {uint16_t(sign | (std::bit_cast<uint32_t>(shifted) - 0x3f000000))};
   }

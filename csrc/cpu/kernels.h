@@ -27,16 +27,17 @@ struct PackedMatrix {
   int64_t row_stride() const { return row_bytes(in_features, bits); }
 };
 
-// A product of 1 to kMaxMatvecRows rows of x with W^T. `prepare` puts x into the order that suits the
-// instruction set, once per call; `run` then computes output features [begin, end) for all rows.
+// A product of 1 to kMaxMatvecRows rows of x with W^T. `prepare` puts x into the order that suits
+// the instruction set, once per call; `run` then computes output features [begin, end) for all
+// rows.
 struct MatvecKernel {
   // Bytes that `prepare` writes for `rows` rows.
   size_t (*prepared_bytes)(const PackedMatrix& w, int64_t rows);
   // x [rows, K], contiguous. `prepared` is aligned to 64 bytes.
   void (*prepare)(const PackedMatrix& w, const float* x, int64_t rows, std::byte* prepared);
   // y [rows, N]. A row's result does not depend on `rows`.
-  void (*run)(const PackedMatrix& w, const std::byte* prepared, int64_t rows, float* y, int64_t begin,
-              int64_t end);
+  void (*run)(const PackedMatrix& w, const std::byte* prepared, int64_t rows, float* y,
+              int64_t begin, int64_t end);
 };
 
 constexpr int64_t kMaxMatvecRows = 8;
@@ -45,14 +46,16 @@ struct KernelTable {
   const char* name; // the value of Q4METAL_CPU
   MatvecKernel matvec_exact;
   MatvecKernel matvec_fast;
-  // y[:, begin:end) = x W[begin:end, :]^T; x [rows, K], y [rows, N]. A row does not depend on `rows`.
+  // y[:, begin:end) = x W[begin:end, :]^T; x [rows, K], y [rows, N]. A row does not depend on
+  // `rows`.
   void (*gemm_exact)(const PackedMatrix& w, const float* x, int64_t rows, float* y, int64_t begin,
                      int64_t end);
-  void (*gemm_fast)(const PackedMatrix& w, const float* x, int64_t rows, float* y, int64_t begin, int64_t end);
+  void (*gemm_fast)(const PackedMatrix& w, const float* x, int64_t rows, float* y, int64_t begin,
+                    int64_t end);
   // y[:, begin:end) = x W[:, begin:end); x [rows, N], y [rows, K]. begin and end are multiples of
   // kColumnStep, or end is K.
-  void (*gemm_transposed)(const PackedMatrix& w, const float* x, int64_t rows, float* y, int64_t begin,
-                          int64_t end);
+  void (*gemm_transposed)(const PackedMatrix& w, const float* x, int64_t rows, float* y,
+                          int64_t begin, int64_t end);
 };
 
 constexpr int64_t kColumnStep = 128; // whole groups of every size
@@ -70,13 +73,13 @@ const KernelTable& kernels();
 // Codes [first, first + 32) of a row as floats; first is a multiple of 32.
 void unpack_run(const uint8_t* row, int bits, int64_t first, float* codes);
 
-// Rows [begin, end) of W as `out` (contiguous, K columns), rounded as MLX's CPU backend rounds: where
-// `out_dtype` is the scales' dtype, the product and the sum are each rounded to it; else in float32
-// and rounded once.
+// Rows [begin, end) of W as `out` (contiguous, K columns), rounded as MLX's CPU backend rounds:
+// where `out_dtype` is the scales' dtype, the product and the sum are each rounded to it; else in
+// float32 and rounded once.
 void dequantize_row(const PackedMatrix& w, int64_t row, DType out_dtype, void* out);
 
 // One row of K values of `dtype` to packed words, scales and biases, with MLX's numbers.
-void quantize_row(const void* values, DType dtype, int64_t in_features, int group_size, int bits, uint32_t* weight,
-                  void* scales, void* biases);
+void quantize_row(const void* values, DType dtype, int64_t in_features, int group_size, int bits,
+                  uint32_t* weight, void* scales, void* biases);
 
 } // namespace q4metal::cpu

@@ -11,7 +11,9 @@ namespace q4metal::cpu {
 namespace {
 
 DType dtype_of(const at::Tensor& t) {
-  return t.scalar_type() == at::kHalf ? DType::f16 : t.scalar_type() == at::kBFloat16 ? DType::bf16 : DType::f32;
+  return t.scalar_type() == at::kHalf       ? DType::f16
+         : t.scalar_type() == at::kBFloat16 ? DType::bf16
+                                            : DType::f32;
 }
 
 // Holds the tensors that a PackedMatrix points into.
@@ -23,7 +25,8 @@ struct PackedOperand {
 PackedOperand operand(const PackedTensors& w) {
   // Checkpoints have scales and biases of one dtype, so this copies nothing there.
   const auto dtype = at::promote_types(w.scales.scalar_type(), w.biases.scalar_type());
-  PackedOperand p{w.weight.contiguous(), w.scales.to(dtype).contiguous(), w.biases.to(dtype).contiguous(), {}};
+  PackedOperand p{
+      w.weight.contiguous(), w.scales.to(dtype).contiguous(), w.biases.to(dtype).contiguous(), {}};
   p.matrix = {static_cast<const uint8_t*>(p.weight.const_data_ptr()),
               p.scales.const_data_ptr(),
               p.biases.const_data_ptr(),
@@ -35,8 +38,8 @@ PackedOperand operand(const PackedTensors& w) {
   return p;
 }
 
-// Output features a thread takes at a time. 64 rows of K=4096 are 144 KB, long enough a stream for the
-// prefetcher; small matrices are cut finer so that each thread has several pieces.
+// Output features a thread takes at a time. 64 rows of K=4096 are 144 KB, long enough a stream for
+// the prefetcher; small matrices are cut finer so that each thread has several pieces.
 int64_t piece_size(int64_t total, int threads) {
   return std::clamp<int64_t>(total / (4 * threads) / 4 * 4, 4, 64);
 }
@@ -48,7 +51,8 @@ int thread_count(const PackedMatrix& w, int64_t rows) {
   return w.out_features * w.in_features * rows < kSerialWork ? 1 : at::get_num_threads();
 }
 
-void run_matvec(const MatvecKernel& kernel, const PackedMatrix& w, const float* x, int64_t rows, float* y) {
+void run_matvec(const MatvecKernel& kernel, const PackedMatrix& w, const float* x, int64_t rows,
+                float* y) {
   // 64 bytes more than needed, to align the start.
   const auto size = int64_t(kernel.prepared_bytes(w, rows) + 64);
   const auto scratch = at::empty({size}, at::kByte);
@@ -56,13 +60,15 @@ void run_matvec(const MatvecKernel& kernel, const PackedMatrix& w, const float* 
   auto* prepared = reinterpret_cast<std::byte*>((address + 63) / 64 * 64);
   kernel.prepare(w, x, rows, prepared);
   const int threads = thread_count(w, rows);
-  parallel_pieces(threads, w.out_features, piece_size(w.out_features, threads),
-                  [&](int64_t begin, int64_t end) { kernel.run(w, prepared, rows, y, begin, end); });
+  parallel_pieces(
+      threads, w.out_features, piece_size(w.out_features, threads),
+      [&](int64_t begin, int64_t end) { kernel.run(w, prepared, rows, y, begin, end); });
 }
 
 at::Tensor matmul(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scales,
-                  const std::optional<at::Tensor>& biases, const std::optional<at::Tensor>& bias, bool transpose,
-                  int64_t group_size, int64_t bits, c10::string_view mode, c10::string_view precision) {
+                  const std::optional<at::Tensor>& biases, const std::optional<at::Tensor>& bias,
+                  bool transpose, int64_t group_size, int64_t bits, c10::string_view mode,
+                  c10::string_view precision) {
   const auto packed = check_packed(weight, scales, biases, group_size, bits, mode);
   check_matmul(x, packed, bias, transpose, precision);
   const auto w = operand(packed);
@@ -90,8 +96,9 @@ at::Tensor matmul(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
       run_matvec(exact ? table.matvec_exact : table.matvec_fast, w.matrix, in, rows, out);
     } else {
       const auto gemm = exact ? table.gemm_exact : table.gemm_fast;
-      parallel_pieces(threads, packed.out_features, 48,
-                      [&](int64_t begin, int64_t end) { gemm(w.matrix, in, rows, out, begin, end); });
+      parallel_pieces(threads, packed.out_features, 48, [&](int64_t begin, int64_t end) {
+        gemm(w.matrix, in, rows, out, begin, end);
+      });
     }
     if (bias.has_value() && bias->defined())
       y.add_(bias->to(at::kFloat));
@@ -100,15 +107,17 @@ at::Tensor matmul(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
 }
 
 at::Tensor matvec(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scales,
-                  const std::optional<at::Tensor>& biases, const std::optional<at::Tensor>& bias, int64_t group_size,
-                  int64_t bits, c10::string_view mode, c10::string_view precision) {
+                  const std::optional<at::Tensor>& biases, const std::optional<at::Tensor>& bias,
+                  int64_t group_size, int64_t bits, c10::string_view mode,
+                  c10::string_view precision) {
   check_matvec(x);
   return matmul(x, weight, scales, biases, bias, true, group_size, bits, mode, precision);
 }
 
 at::Tensor dequantize_rows(const PackedOperand& w, std::optional<at::ScalarType> dtype,
                            const int64_t* ids, int64_t count) {
-  auto out = at::empty({count, w.matrix.in_features}, w.scales.options().dtype(dtype.value_or(w.scales.scalar_type())));
+  auto out = at::empty({count, w.matrix.in_features},
+                       w.scales.options().dtype(dtype.value_or(w.scales.scalar_type())));
   const DType out_dtype = dtype_of(out);
   auto* data = static_cast<std::byte*>(out.mutable_data_ptr());
   const int64_t stride = w.matrix.in_features * out.element_size();
@@ -137,16 +146,16 @@ at::Tensor embedding(const at::Tensor& ids, const at::Tensor& weight, const at::
   return dequantize_rows(w, dtype, values, rows.numel()).view(shape);
 }
 
-at::Tensor dequantize(const at::Tensor& weight, const at::Tensor& scales, const std::optional<at::Tensor>& biases,
-                      int64_t group_size, int64_t bits, c10::string_view mode,
-                      std::optional<at::ScalarType> dtype) {
+at::Tensor dequantize(const at::Tensor& weight, const at::Tensor& scales,
+                      const std::optional<at::Tensor>& biases, int64_t group_size, int64_t bits,
+                      c10::string_view mode, std::optional<at::ScalarType> dtype) {
   const auto packed = check_packed(weight, scales, biases, group_size, bits, mode);
   check_output_dtype(dtype);
   return dequantize_rows(operand(packed), dtype, nullptr, packed.out_features);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize(const at::Tensor& w, int64_t group_size, int64_t bits,
-                                                        c10::string_view mode) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize(const at::Tensor& w, int64_t group_size,
+                                                        int64_t bits, c10::string_view mode) {
   check_quantize(w, group_size, bits, mode);
   const auto dense = w.contiguous();
   const int64_t rows = dense.size(0), columns = dense.size(1), groups = columns / group_size;
@@ -162,7 +171,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize(const at::Tensor& w, int
   parallel_pieces(threads, rows, 4, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
       quantize_row(in + r * columns * size, dtype_of(dense), columns, int(group_size), int(bits),
-                   words + r * row_words(columns, bits), scale + r * groups * size, bias + r * groups * size);
+                   words + r * row_words(columns, bits), scale + r * groups * size,
+                   bias + r * groups * size);
   });
   return {weight, scales, biases};
 }

@@ -35,7 +35,8 @@ uint64_t sum_words(const uint64_t* words, size_t count) {
 
 std::vector<double> read_probe(size_t bytes, int threads, int repeats) {
   const size_t part = (bytes / threads + kHugePage - 1) / kHugePage * kHugePage;
-  std::unique_ptr<void, decltype(&std::free)> memory(std::aligned_alloc(kHugePage, part * threads), &std::free);
+  std::unique_ptr<void, decltype(&std::free)> memory(std::aligned_alloc(kHugePage, part * threads),
+                                                     &std::free);
   if (!memory)
     throw std::bad_alloc();
 #if defined(__linux__)
@@ -63,7 +64,8 @@ std::vector<double> read_probe(size_t bytes, int threads, int repeats) {
   for (int i = 0; i < repeats; ++i) {
     const auto start = std::chrono::steady_clock::now();
     run_on_team(threads, pass, &probe);
-    seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    seconds.push_back(
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   }
   return seconds;
 }

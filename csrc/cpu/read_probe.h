@@ -6,8 +6,8 @@
 
 namespace q4metal::cpu {
 
-// Reads a buffer of `bytes` sequentially with prefetch, each of `threads` its own part, `repeats` times
-// after a first pass; returns the seconds of each pass. Throws std::bad_alloc.
+// Reads a buffer of `bytes` sequentially with prefetch, each of `threads` its own part, `repeats`
+// times after a first pass; returns the seconds of each pass. Throws std::bad_alloc.
 std::vector<double> read_probe(size_t bytes, int threads, int repeats);
 
 } // namespace q4metal::cpu

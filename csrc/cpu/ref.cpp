@@ -1,5 +1,5 @@
-// The portable kernels: plain C++ that any compiler vectorises as it can. They define what the others
-// are compared with; float32 throughout.
+// The portable kernels: plain C++ that any compiler vectorises as it can. They define what the
+// others are compared with; float32 throughout.
 #include <algorithm>
 #include <vector>
 
@@ -47,7 +47,8 @@ float sum_lanes(const float* lanes) {
 }
 
 // One order of addition for every number of rows.
-void gemm(const PackedMatrix& w, const float* x, int64_t rows, float* y, int64_t begin, int64_t end) {
+void gemm(const PackedMatrix& w, const float* x, int64_t rows, float* y, int64_t begin,
+          int64_t end) {
   std::vector<float> dense(w.in_features);
   for (int64_t n = begin; n < end; ++n) {
     expand_row(w, n, 0, w.in_features, dense.data());
@@ -62,8 +63,10 @@ void gemm(const PackedMatrix& w, const float* x, int64_t rows, float* y, int64_t
   }
 }
 
-void gemm_transposed(const PackedMatrix& w, const float* x, int64_t rows, float* y, int64_t begin, int64_t end) {
-  // Sums of eight before they join the total: with 152,064 rows one running float32 sum loses digits.
+void gemm_transposed(const PackedMatrix& w, const float* x, int64_t rows, float* y, int64_t begin,
+                     int64_t end) {
+  // Sums of eight before they join the total: with 152,064 rows one running float32 sum loses
+  // digits.
   constexpr int64_t kRows = 8;
   const int64_t width = end - begin;
   std::vector<float> dense(kRows * width), block(width);
@@ -87,19 +90,26 @@ void gemm_transposed(const PackedMatrix& w, const float* x, int64_t rows, float*
   }
 }
 
-size_t prepared_bytes(const PackedMatrix& w, int64_t rows) { return rows * w.in_features * sizeof(float); }
+size_t prepared_bytes(const PackedMatrix& w, int64_t rows) {
+  return rows * w.in_features * sizeof(float);
+}
 
 void prepare(const PackedMatrix& w, const float* x, int64_t rows, std::byte* prepared) {
   std::copy(x, x + rows * w.in_features, reinterpret_cast<float*>(prepared));
 }
 
-void matvec(const PackedMatrix& w, const std::byte* prepared, int64_t rows, float* y, int64_t begin, int64_t end) {
+void matvec(const PackedMatrix& w, const std::byte* prepared, int64_t rows, float* y, int64_t begin,
+            int64_t end) {
   gemm(w, reinterpret_cast<const float*>(prepared), rows, y, begin, end);
 }
 
 } // namespace
 
-const KernelTable ref_kernels = {
-    "ref", {prepared_bytes, prepare, matvec}, {prepared_bytes, prepare, matvec}, gemm, gemm, gemm_transposed};
+const KernelTable ref_kernels = {"ref",
+                                 {prepared_bytes, prepare, matvec},
+                                 {prepared_bytes, prepare, matvec},
+                                 gemm,
+                                 gemm,
+                                 gemm_transposed};
 
 } // namespace q4metal::cpu

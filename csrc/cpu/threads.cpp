@@ -10,8 +10,8 @@
 namespace q4metal::cpu {
 namespace {
 
-// A token of a small model makes about 200 short calls: a worker that slept after each would pay some
-// 10 us of wake-up per call. It spins for about this many pauses (some 20 us) before it parks.
+// A token of a small model makes about 200 short calls: a worker that slept after each would pay
+// some 10 us of wake-up per call. It spins for about this many pauses (some 20 us) before it parks.
 constexpr int kSpins = 1000;
 
 inline void pause() {

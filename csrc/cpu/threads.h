@@ -1,5 +1,6 @@
-// A team of parked threads that needs neither torch nor OpenMP. An extension that is compiled without
-// -fopenmp runs at::parallel_for on one thread without saying so, and Apple's clang has no such flag.
+// A team of parked threads that needs neither torch nor OpenMP. An extension that is compiled
+// without -fopenmp runs at::parallel_for on one thread without saying so, and Apple's clang has no
+// such flag.
 #pragma once
 
 #include <algorithm>
@@ -10,13 +11,14 @@ namespace q4metal::cpu {
 
 using ThreadTask = void (*)(void* context, int thread);
 
-// Runs task(context, 0 .. count - 1), thread 0 being the caller, and returns when all are done. Callers
-// on several threads take turns; a call from inside a task runs serially.
+// Runs task(context, 0 .. count - 1), thread 0 being the caller, and returns when all are done.
+// Callers on several threads take turns; a call from inside a task runs serially.
 void run_on_team(int count, ThreadTask task, void* context);
 
-// Calls body(begin, end) for pieces of [0, size) of `piece` elements, handed out from an atomic counter:
-// a thread that the machine slows down takes fewer pieces.
-template <typename Body> void parallel_pieces(int threads, int64_t size, int64_t piece, const Body& body) {
+// Calls body(begin, end) for pieces of [0, size) of `piece` elements, handed out from an atomic
+// counter: a thread that the machine slows down takes fewer pieces.
+template <typename Body>
+void parallel_pieces(int threads, int64_t size, int64_t piece, const Body& body) {
   const int64_t pieces = (size + piece - 1) / piece;
   const int count = int(std::min<int64_t>(threads, pieces));
   if (count <= 1) {

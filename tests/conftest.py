@@ -1,0 +1,20 @@
+"""Shared settings: the same random tensors and examples in every run, and no network."""
+
+import os
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub must say so
+
+import hypothesis
+import torch
+
+hypothesis.settings.register_profile(
+    "tests", derandomize=True, deadline=None, max_examples=40, database=None
+)
+hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,57 @@
+"""Every instruction set that this CPU has, forced in turn over the op table."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        check=False,
+    )
+
+
+def available():
+    """The names that the error for an unknown one lists."""
+    result = run("from torch_q4metal import ops; ops.cpu_kernels()", Q4METAL_CPU="none")
+    found = re.search(
+        r"ValueError: Q4METAL_CPU=none is not available here; this build and CPU have: (.*)",
+        result.stderr,
+    )
+    assert found, result.stderr
+    return found.group(1).split(", ")
+
+
+def test_unknown_name_is_refused_by_every_op():
+    code = "import torch; from torch_q4metal import ops, reference\n"
+    code += "w = reference.quantize(torch.ones(4, 64))\n"
+    result = run(code + "ops.matmul(torch.ones(1, 64), *w)", Q4METAL_CPU="sse9")
+    assert "Q4METAL_CPU=sse9 is not available here" in result.stderr
+
+
+def test_the_best_is_chosen_and_each_can_be_forced():
+    names = available()
+    assert names[-1] == "ref"
+    show = "from torch_q4metal import ops; print(ops.cpu_kernels())"
+    assert run(show, Q4METAL_CPU="").stdout.strip() == names[0]
+    for name in names:
+        assert run(show, Q4METAL_CPU=name).stdout.strip() == name
+
+
+@pytest.mark.parametrize("name", available())
+def test_op_table(name):
+    table = Path(__file__).with_name("test_ops.py")
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-o", "addopts=", str(table)],
+        capture_output=True, text=True, env=os.environ | {"Q4METAL_CPU": name}, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    assert re.search(r"\d+ passed", result.stdout)

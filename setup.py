@@ -25,7 +25,7 @@ SOURCES = [
     "csrc/cpu/ref.cpp",
 ]
 if platform.machine().lower() in ("x86_64", "amd64"):
-    SOURCES.append("csrc/cpu/avx2.cpp")
+    SOURCES += ["csrc/cpu/avx2.cpp", "csrc/cpu/avx2_split.cpp"]
 
 DEBUG = os.environ.get("DEBUG") == "1"
 # -ffp-contract=off: where MLX rounds a product and then a sum, the compiler must not fuse them.

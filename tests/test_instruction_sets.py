@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 
 def run(code, **environment):
@@ -55,3 +56,31 @@ def test_op_table(name):
     )  # fmt: skip
     assert result.returncode == 0, result.stdout
     assert re.search(r"\d+ passed", result.stdout)
+
+
+def test_the_fast_matvec_has_the_same_bits_everywhere(tmp_path):
+    """Over all formats, dtypes of scales, and widths with every kind of tail."""
+    script = """
+import sys, torch
+from torch_q4metal import ops, reference
+torch.manual_seed(0)
+results = []
+for columns in (32, 96, 160, 576, 640, 896, 1152, 2176):
+    x = torch.randn(5, columns) * torch.logspace(-3, 3, columns)
+    for group_size in reference.GROUP_SIZES:
+        for bits in reference.BITS:
+            if columns % group_size == 0:
+                dtype = reference.FLOAT_DTYPES[(bits + group_size // 32) % 3]
+                w = reference.quantize(torch.randn(19, columns).to(dtype), group_size, bits)
+                for rows in (1, 2, 5):
+                    results.append(ops.matmul(x[:rows], *w, None, True, group_size, bits))
+torch.save(results, sys.argv[1])
+"""
+    files = [tmp_path / name for name in available()]
+    for file in files:
+        environment = os.environ | {"Q4METAL_CPU": file.name}
+        subprocess.run([sys.executable, "-c", script, str(file)], env=environment, check=True)
+    first, *others = [torch.load(file) for file in files]
+    assert len(first) > 200
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))

@@ -10,62 +10,13 @@
 // large sums would cancel at the end, and at K = 18944 the error was 1.3e-6 instead of 4e-7
 // (relative rms). The centre costs nothing per code: each lane's sum starts at -centre times the x
 // that the lane will meet.
-#include <immintrin.h>
-
-#include <algorithm>
-#include <cstring>
-#include <memory>
-
-#include "float_types.h"
-#include "kernels.h"
-
-// The whole file, headers excepted, compiles for AVX2: nothing here may run before dispatch.cpp has
-// looked.
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC target("avx2,fma,f16c")
-#endif
+#include "avx2.h" // from here on everything compiles for AVX2
 
 namespace q4metal::cpu {
 namespace {
 
-constexpr int64_t kPrefetchAhead = 1024; // bytes ahead in the one sequential stream of weights
-
-inline float horizontal_sum(__m256 v) {
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
-
-template <typename T> __m256 load8(const T* values);
-
-template <> inline __m256 load8<float>(const float* values) { return _mm256_loadu_ps(values); }
-
-template <> inline __m256 load8<Half>(const Half* values) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
-}
-
-template <> inline __m256 load8<BFloat16>(const BFloat16* values) {
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-}
-
-// Up to eight values, zeros behind them: a vector load would pass the end of the last row.
-template <typename T> __m256 load_tail(const T* values, int64_t count) {
-  T padded[8] = {};
-  std::copy(values, values + count, padded);
-  return load8(padded);
-}
-
-template <typename T> __m256 load_groups(const T* values, int64_t count) {
-  return count >= 8 ? load8(values) : load_tail(values, count);
-}
-
 // Codes a block of the inner loop covers.
 constexpr int64_t block_codes(int bits) { return bits == 4 ? 64 : 32; }
-
-constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 constexpr float centre(int bits) { return float(1 << (bits - 1)); }
 
@@ -130,12 +81,7 @@ void prepare(const PackedMatrix& w, const float* x, int64_t rows, std::byte* pre
 
 // Eight codes in natural order. A read of eight bytes never passes the end of its run of 32 codes.
 template <int kBits> __m256 unpack8(const uint8_t* run, int eighth) {
-  constexpr int kLast = 4 * kBits - 8;
-  const int begin = eighth * kBits;
-  uint64_t stream;
-  std::memcpy(&stream, run + std::min(begin, kLast), 8);
-  if (begin > kLast)
-    stream >>= 8 * (begin - kLast);
+  const uint64_t stream = eight_codes<kBits>(run, eighth);
   const __m256i all = _mm256_set1_epi64x(int64_t(stream));
   const __m256i low = _mm256_srlv_epi64(all, _mm256_setr_epi64x(0, kBits, 2 * kBits, 3 * kBits));
   const __m256i high =
@@ -258,47 +204,6 @@ void matvec_range(const PackedMatrix& w, const float* x, int64_t rows, float* y,
         m += 4;
       }
     }
-}
-
-// Calls f.template operator()<bits, group_size, S>().
-template <int kBits, typename S, typename F>
-void for_group_size(const PackedMatrix& w, const F& f) {
-  switch (w.group_size) {
-  case 32:
-    return f.template operator()<kBits, 32, S>();
-  case 64:
-    return f.template operator()<kBits, 64, S>();
-  default:
-    return f.template operator()<kBits, 128, S>();
-  }
-}
-
-template <typename S, typename F> void for_bits(const PackedMatrix& w, const F& f) {
-  switch (w.bits) {
-  case 2:
-    return for_group_size<2, S>(w, f);
-  case 3:
-    return for_group_size<3, S>(w, f);
-  case 4:
-    return for_group_size<4, S>(w, f);
-  case 5:
-    return for_group_size<5, S>(w, f);
-  case 6:
-    return for_group_size<6, S>(w, f);
-  default:
-    return for_group_size<8, S>(w, f);
-  }
-}
-
-template <typename F> void for_format(const PackedMatrix& w, const F& f) {
-  switch (w.scales_dtype) {
-  case DType::f32:
-    return for_bits<float>(w, f);
-  case DType::f16:
-    return for_bits<Half>(w, f);
-  case DType::bf16:
-    return for_bits<BFloat16>(w, f);
-  }
 }
 
 void matvec(const PackedMatrix& w, const std::byte* prepared, int64_t rows, float* y, int64_t begin,
@@ -447,13 +352,8 @@ void gemm_transposed(const PackedMatrix& w, const float* x, int64_t rows, float*
 
 } // namespace
 
-// Fast is exact until a faster kernel holds the error bound of 1e-4.
-const KernelTable avx2_kernels = {"avx2",
-                                  {prepared_bytes, prepare, matvec},
-                                  {prepared_bytes, prepare, matvec},
-                                  gemm,
-                                  gemm,
-                                  gemm_transposed};
+const KernelTable avx2_kernels = {
+    "avx2", {prepared_bytes, prepare, matvec}, avx2_split_matvec, gemm, gemm, gemm_transposed};
 
 } // namespace q4metal::cpu
 

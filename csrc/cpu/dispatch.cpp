@@ -15,7 +15,7 @@ std::vector<const KernelTable*> supported_tables() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c"))
+      __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2"))
     tables.push_back(&avx2_kernels);
 #endif
   tables.push_back(&ref_kernels);

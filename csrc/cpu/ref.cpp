@@ -5,6 +5,7 @@
 
 #include "float_types.h"
 #include "kernels.h"
+#include "split.h"
 
 namespace q4metal::cpu {
 namespace {
@@ -103,11 +104,68 @@ void matvec(const PackedMatrix& w, const std::byte* prepared, int64_t rows, floa
   gemm(w, reinterpret_cast<const float*>(prepared), rows, y, begin, end);
 }
 
+// ---- fast matvec, see split.h
+
+// A prepared row: int16 codes, then per block its sx, then per group float(sum of x16) * sx.
+int64_t split_row_bytes(const PackedMatrix& w) {
+  const int64_t blocks = (w.in_features + kSplitBlock - 1) / kSplitBlock;
+  return w.in_features * 2 + (blocks + w.groups()) * 4;
+}
+
+size_t split_bytes(const PackedMatrix& w, int64_t rows) { return rows * split_row_bytes(w); }
+
+struct SplitRow {
+  int16_t* codes;
+  float* blocks;
+  float* groups;
+
+  SplitRow(const PackedMatrix& w, std::byte* prepared, int64_t row) {
+    codes = reinterpret_cast<int16_t*>(prepared + row * split_row_bytes(w));
+    blocks = reinterpret_cast<float*>(codes + w.in_features);
+    groups = blocks + (w.in_features + kSplitBlock - 1) / kSplitBlock;
+  }
+};
+
+void split_prepare(const PackedMatrix& w, const float* x, int64_t rows, std::byte* prepared) {
+  for (int64_t m = 0; m < rows; ++m) {
+    const SplitRow row(w, prepared, m);
+    split_row(x + m * w.in_features, w.in_features, w.group_size, row.codes, row.blocks,
+              row.groups);
+  }
+}
+
+void split_matvec(const PackedMatrix& w, const std::byte* prepared, int64_t rows, float* y,
+                  int64_t begin, int64_t end) {
+  std::vector<float> unpacked(w.in_features);
+  std::vector<int32_t> codes(w.in_features);
+  for (int64_t n = begin; n < end; ++n) {
+    for (int64_t k = 0; k < w.in_features; k += kCodesPerRun)
+      unpack_run(w.weight + n * w.row_stride(), w.bits, k, unpacked.data() + k);
+    std::copy(unpacked.begin(), unpacked.end(), codes.begin());
+    for (int64_t m = 0; m < rows; ++m) {
+      const SplitRow row(w, const_cast<std::byte*>(prepared), m);
+      float sums[kSplitLanes] = {}, offsets[kSplitLanes] = {};
+      for (int64_t g = 0; g < w.groups(); ++g) {
+        int32_t t = 0;
+        for (int64_t k = g * w.group_size; k < (g + 1) * w.group_size; ++k)
+          t += codes[k] * row.codes[k];
+        const float scale = scale_at(w.scales, w.scales_dtype, n * w.groups() + g);
+        const float bias = scale_at(w.biases, w.scales_dtype, n * w.groups() + g);
+        const float factor = scale * row.blocks[g * w.group_size / kSplitBlock];
+        const int lane = g % kSplitLanes;
+        sums[lane] = std::fma(float(t), factor, sums[lane]);
+        offsets[lane] = std::fma(bias, row.groups[g], offsets[lane]);
+      }
+      y[m * w.out_features + n] = split_tree(sums) + split_tree(offsets);
+    }
+  }
+}
+
 } // namespace
 
 const KernelTable ref_kernels = {"ref",
                                  {prepared_bytes, prepare, matvec},
-                                 {prepared_bytes, prepare, matvec},
+                                 {split_bytes, split_prepare, split_matvec},
                                  gemm,
                                  gemm,
                                  gemm_transposed};

@@ -1,0 +1,55 @@
+# make chat   sets everything up in .venv, fetches the built-in model, opens the chat
+# make test   the same, then all tests        make lint    style and types
+# make clean  removes what make made here
+# Works with GNU make 3.81 (macOS) and any POSIX shell. Everything but an answer goes to stderr.
+
+SHELL = /bin/sh
+VENV = .venv
+PY = $(VENV)/bin/python
+SETUP = PYTHON="$(PYTHON)" VENV="$(VENV)" sh scripts/setup.sh
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+# A prompt is passed on through the environment and as it is, so quotes and dollar signs survive.
+override PROMPT := $(value PROMPT)
+override MODEL := $(value MODEL)
+export PROMPT MODEL
+
+.PHONY: chat test lint format clean
+
+chat: $(VENV)/.package $(if $(value MODEL),,$(VENV)/.model)
+	@set -- ; \
+	if [ -n "$$MODEL" ]; then set -- "$$@" --model "$$MODEL"; fi; \
+	if [ -n "$$PROMPT" ]; then set -- "$$@" --prompt "$$PROMPT"; fi; \
+	exec $(PY) -m torch_q4metal.chat "$$@"
+
+test: $(VENV)/.package $(VENV)/.model $(VENV)/.dev
+	$(PY) -m pytest
+
+lint: $(VENV)/.package $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+	$(VENV)/bin/codespell README.md CHANGELOG.md CONTRIBUTING.md csrc torch_q4metal tests examples scripts
+
+format: $(VENV)/.dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h')
+
+clean:
+	rm -rf $(VENV) build torch_q4metal.egg-info torch_q4metal/_build.json torch_q4metal/_C.*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.torch: scripts/setup.sh
+	@$(SETUP) torch >&2
+
+$(VENV)/.package: $(VENV)/.torch $(SOURCES)
+	@$(SETUP) package >&2
+
+$(VENV)/.model: $(VENV)/.package
+	@$(SETUP) model >&2
+
+$(VENV)/.dev: $(VENV)/.package pyproject.toml
+	@$(SETUP) dev >&2

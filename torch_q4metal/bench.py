@@ -1,0 +1,227 @@
+"""Measures prefill, decode and memory of one model: ``python -m torch_q4metal.bench --model M``.
+
+The prompt is random tokens; decoding is greedy and goes on past end tokens. Reported are medians of
+``--repeats`` runs after one run that is not counted. ``--json`` makes the last line of stdout one
+JSON object. GB/s are 10**9 bytes a second.
+"""
+
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .cli import console, run
+
+if TYPE_CHECKING:
+    from .models.base import CausalLM
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+PROBE_BYTES = 1 << 30  # beyond every cache; taken last, so that peak_rss does not see it
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of a benchmark table. Times in seconds, sizes in bytes, medians over the runs."""
+
+    model: str
+    prefill_tok_s: float
+    decode_tok_s: float
+    ttft_s: float
+    decode_gb_s: float  # weight_bytes times decode_tok_s
+    read_probe_gb_s: float
+    probe_share: float  # decode_gb_s / read_probe_gb_s
+    peak_rss_bytes: int
+    import_rss_bytes: int  # after importing torch, before anything else
+    weight_bytes: int  # weights that one decoded token reads
+    file_bytes: int  # all tensors of the checkpoint
+    kv_bytes: int  # of the longest text measured
+    prompt_tokens: int
+    generation_tokens: int
+    threads: int
+    cpu: str
+    kernels: str
+    dtype: str
+    precision: str
+    torch: str
+    version: str
+
+
+def weight_bytes_per_token(model: "CausalLM") -> int:
+    """Bytes of weights that one token reads: all of them, but only one row of an untied embedding."""
+    checkpoint = model.checkpoint
+    assert checkpoint is not None
+    total = checkpoint.weight_bytes
+    if model.config.tied:
+        return total
+    path = "model.embed_tokens"
+    table = [info for name, info in checkpoint.tensors.items() if name.startswith(f"{path}.")]
+    size = sum(info.end - info.begin for info in table)
+    return total - size + size // model.config.vocab_size
+
+
+def read_probe_gb_s(threads: int) -> float:
+    """Plain sequential reads of 1 GiB: the median of five passes, in GB/s."""
+    from .ops import read_probe
+
+    return PROBE_BYTES / statistics.median(read_probe(PROBE_BYTES, threads, 5)) / 1e9
+
+
+def _run_once(model: "CausalLM", prompt: list[int], tokens: int) -> tuple[float, float]:
+    """(seconds to the first token, seconds of the tokens after it)."""
+    from .generate import generate_step
+
+    begin = time.perf_counter()
+    steps = generate_step(prompt, model, max_tokens=tokens)
+    next(steps)
+    first = time.perf_counter()
+    for _ in steps:
+        pass
+    return first - begin, time.perf_counter() - first
+
+
+def measure(
+    path_or_id: str,
+    prompt_tokens: int,
+    generation_tokens: int,
+    repeats: int,
+    precision: str | None,
+    import_rss: int,
+    revision: str | None = None,
+    offline: bool = False,
+) -> Result:
+    """Loads the model and measures it. Raises what ``load_model`` raises, and ContextLengthError."""
+    import torch
+
+    from . import __version__, ops
+    from .hub import resolve_model
+    from .machine import cpu_name, peak_rss
+    from .memory import kv_bytes_per_token
+    from .models import load_model
+
+    threads = torch.get_num_threads()
+    model = load_model(
+        resolve_model(path_or_id, revision=revision, offline=offline),
+        precision=precision,
+        max_kv_size=prompt_tokens + generation_tokens,
+    )
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.vocab_size
+    prompt = torch.randint(vocabulary, (prompt_tokens,), generator=generator).tolist()
+    _run_once(model, prompt, min(generation_tokens, 8))
+    runs = [_run_once(model, prompt, generation_tokens) for _ in range(repeats)]
+    ttft = statistics.median(first for first, _ in runs)
+    decode = statistics.median(rest for _, rest in runs)
+    tok_s = (generation_tokens - 1) / decode
+    weights = weight_bytes_per_token(model)
+    peak = peak_rss()
+    probe = read_probe_gb_s(threads)
+    assert model.checkpoint is not None
+    return Result(
+        model=path_or_id,
+        prefill_tok_s=prompt_tokens / ttft,
+        decode_tok_s=tok_s,
+        ttft_s=ttft,
+        decode_gb_s=weights * tok_s / 1e9,
+        read_probe_gb_s=probe,
+        probe_share=weights * tok_s / 1e9 / probe,
+        peak_rss_bytes=peak,
+        import_rss_bytes=import_rss,
+        weight_bytes=weights,
+        file_bytes=model.checkpoint.weight_bytes,
+        kv_bytes=kv_bytes_per_token(model.config, model.kv_dtype)
+        * (prompt_tokens + generation_tokens),
+        prompt_tokens=prompt_tokens,
+        generation_tokens=generation_tokens,
+        threads=threads,
+        cpu=cpu_name(),
+        kernels=ops.cpu_kernels(),
+        dtype=str(model.dtype).removeprefix("torch."),
+        precision=precision or "fast",  # what load_model takes for None
+        torch=torch.__version__,
+        version=__version__,
+    )
+
+
+def _print_table(result: Result) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{result.model} on {result.cpu}, {result.threads} threads")
+    table.add_column("measured")
+    table.add_column("", justify="right")
+    for name, value in [
+        (f"prefill, {result.prompt_tokens} tokens", f"{result.prefill_tok_s:.1f} tok/s"),
+        ("time to first token", f"{result.ttft_s * 1e3:.0f} ms"),
+        (f"decode, {result.generation_tokens} tokens", f"{result.decode_tok_s:.1f} tok/s"),
+        ("weights read in decode", f"{result.decode_gb_s:.2f} GB/s"),
+        ("plain-read probe", f"{result.read_probe_gb_s:.2f} GB/s"),
+        ("share of the probe", f"{result.probe_share:.0%}"),
+        ("weights a token", f"{result.weight_bytes / 1e6:.1f} MB"),
+        ("peak RSS", f"{result.peak_rss_bytes / 1e6:.0f} MB"),
+        ("RSS after importing torch", f"{result.import_rss_bytes / 1e6:.0f} MB"),
+    ]:
+        table.add_row(name, value)
+    Console().print(table)
+
+
+@app.command()
+def main(
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="directory or hub id; the built-in model if left out"),
+    ] = None,
+    prompt_tokens: Annotated[
+        int, typer.Option("-p", "--prompt-tokens", min=1, help="tokens of the prompt")
+    ] = 512,
+    generation_tokens: Annotated[
+        int, typer.Option("-g", "--generation-tokens", min=2, help="tokens to decode")
+    ] = 128,
+    repeats: Annotated[int, typer.Option("-n", "--repeats", min=1, help="runs; medians count")] = 3,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="threads; torch's number if left out")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option("--precision", help="fast (default) or exact")
+    ] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="branch, tag, commit")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="never ask the hub")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="last line of stdout: one JSON object")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
+) -> None:
+    """Measures prefill and decode speed, and memory, of one model."""
+    import torch
+
+    from .machine import peak_rss
+
+    import_rss = peak_rss()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if model is None:
+        from .builtin_model import builtin_model
+
+        model = str(builtin_model())
+    with console().status("measuring ..."):
+        result = measure(
+            model,
+            prompt_tokens,
+            generation_tokens,
+            repeats,
+            precision,
+            import_rss,
+            revision,
+            offline,
+        )
+    if as_json:
+        print(json.dumps(asdict(result)))
+    else:
+        _print_table(result)
+
+
+if __name__ == "__main__":
+    run(app)

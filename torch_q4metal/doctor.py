@@ -1,0 +1,134 @@
+"""Says what a bug report needs: versions, device, kernels, threads, caches, environment.
+
+``python -m torch_q4metal.doctor`` also runs a small known-answer test of the kernels in use, and
+ends with exit code 1 if it fails.
+"""
+
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli import run
+from .errors import Q4MetalError
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+_PACKAGES = (
+    "torch_q4metal torch safetensors huggingface_hub tokenizers jinja2 numpy gguf typer"
+).split()
+_HUB_VARIABLES = "HF_HOME HF_HUB_CACHE HF_ENDPOINT HF_HUB_OFFLINE HF_TOKEN".split()
+_THREAD_VARIABLES = "OMP_NUM_THREADS MKL_NUM_THREADS".split()
+_SECRET = "HF_TOKEN"
+
+
+def versions() -> Iterator[tuple[str, str]]:
+    yield "python", f"{platform.python_version()} ({sys.executable})"
+    yield "system", platform.platform()
+    for name in _PACKAGES:
+        try:
+            yield name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield name, "not installed"
+
+
+def device() -> Iterator[tuple[str, str]]:
+    import torch
+
+    from . import ops
+    from .environment import CPU
+    from .machine import cpu_name
+    from .memory import available_memory
+
+    available = available_memory()
+    yield "cpu", cpu_name()
+    yield "cores", str(os.cpu_count())
+    yield "threads", str(torch.get_num_threads())
+    yield "memory available", "unknown" if available is None else f"{available / 1e9:.1f} GB"
+    yield "kernels", f"{ops.cpu_kernels()} ({'forced' if CPU.get() else 'best for this CPU'})"
+    yield "mps", "there, but the Metal backend is not built yet" if _has_mps() else "not there"
+
+
+def _has_mps() -> bool:
+    import torch
+
+    return torch.backends.mps.is_available()
+
+
+def kernel_check() -> Iterator[tuple[str, str]]:
+    """Compares every format's kernels with float64. Raises Q4MetalError if one is off by 1e-4."""
+    import torch
+
+    from . import ops, reference
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(9, 384, generator=generator)
+    w = torch.randn(24, 384, generator=generator)
+    for bits in reference.BITS:
+        for group_size in reference.GROUP_SIZES:
+            packed = reference.quantize(w, group_size, bits)
+            expected = reference.matmul(x, *packed, None, True, group_size, bits)
+            for rows in (1, 9):  # matvec and GEMM
+                result = ops.matmul(x[:rows], *packed, None, True, group_size, bits)
+                error = (result - expected[:rows]).abs().max() / expected.abs().max()
+                if not error < 1e-4:
+                    raise Q4MetalError(
+                        f"the {ops.cpu_kernels()} kernels are wrong for bits={bits}, "
+                        f"group_size={group_size}, {rows} rows (relative error {error:.1e}) on "
+                        "this CPU; set Q4METAL_CPU=ref and report it with this output"
+                    )
+    yield "self-check", f"{ops.cpu_kernels()} kernels agree with float64 in all formats"
+
+
+def caches() -> Iterator[tuple[str, str]]:
+    import platformdirs
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from .environment import CACHE
+
+    converted = Path(CACHE.get() or platformdirs.user_cache_path("torch_q4metal"))
+    for name, folder in (("converted models", converted), ("hub", Path(HF_HUB_CACHE))):
+        yield name, f"{folder} ({_size_of(folder)})"
+
+
+def _size_of(folder: Path) -> str:
+    if not folder.is_dir():
+        return "not there"
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return f"{sum(path.stat().st_size for path in files) / 1e6:.0f} MB"
+
+
+def environment() -> Iterator[tuple[str, str]]:
+    from .environment import VARIABLES
+
+    for variable in VARIABLES:
+        value = variable.get()
+        shown = "not set" if value is None else value
+        yield variable.name, f"{shown}  [{variable.values}: {variable.meaning}]"
+    for name in (*_HUB_VARIABLES, *_THREAD_VARIABLES):
+        if name in os.environ:
+            yield name, "set (not shown)" if name == _SECRET else os.environ[name]
+
+
+@app.command()
+def main(debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False) -> None:
+    """Prints versions, device, kernels, threads, caches and environment, and checks the kernels."""
+    for title, rows in (
+        ("versions", versions()),
+        ("device", device()),
+        ("caches", caches()),
+        ("environment", environment()),
+        ("check", kernel_check()),
+    ):
+        print(title)
+        for name, value in rows:
+            print(f"  {name:<20} {value}")
+
+
+if __name__ == "__main__":
+    run(app)

@@ -1,0 +1,32 @@
+"""What machine this is and what this process takes of it: processor name, resident memory."""
+
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+
+def cpu_name() -> str:
+    """The processor's name as its maker writes it, or the architecture where nobody says."""
+    if sys.platform == "darwin":
+        named = subprocess.run(
+            ["sysctl", "-n", "machdep.cpu.brand_string"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return named.stdout.strip() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.lower().startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.machine()
+
+
+def peak_rss() -> int:
+    """Largest resident size of this process so far, in bytes; mapped file pages count."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # KiB on Linux

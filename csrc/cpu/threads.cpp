@@ -35,6 +35,10 @@ template <typename T> void wait_while(std::atomic<T>& value, T old) {
 
 thread_local bool inside_task = false;
 
+// What a worker is doing. The caller posts; the worker takes the post and goes back to idle, unless
+// the caller, done with its own part, takes the post back and does that part itself.
+enum State : uint32_t { kIdle, kPosted, kRunning };
+
 class Team {
 public:
   void run(int count, ThreadTask task, void* context) {
@@ -43,21 +47,27 @@ public:
       add_worker();
     task_ = task;
     context_ = context;
-    remaining_.store(count - 1, std::memory_order_relaxed);
     for (int i = 0; i < count - 1; ++i) {
-      workers_[i]->ticket.fetch_add(1, std::memory_order_release);
-      workers_[i]->ticket.notify_one();
+      workers_[i]->state.store(kPosted, std::memory_order_release);
+      workers_[i]->state.notify_one();
     }
     inside_task = true;
     task(context, 0);
+    for (int i = 0; i < count - 1; ++i) {
+      // On a busy machine a worker may not get a core for milliseconds: its part does not wait for
+      // it.
+      uint32_t expected = kPosted;
+      if (workers_[i]->state.compare_exchange_strong(expected, kIdle, std::memory_order_acq_rel))
+        task(context, i + 1);
+      else
+        wait_while(workers_[i]->state, uint32_t(kRunning));
+    }
     inside_task = false;
-    for (int left; (left = remaining_.load(std::memory_order_acquire)) != 0;)
-      wait_while(remaining_, left);
   }
 
 private:
   struct alignas(64) Worker {
-    std::atomic<uint32_t> ticket{0};
+    std::atomic<uint32_t> state{kIdle};
   };
 
   void add_worker() {
@@ -67,11 +77,14 @@ private:
     // Detached and never joined: the team outlives every static destructor.
     std::thread([this, worker, thread] {
       inside_task = true;
-      for (uint32_t seen = 0;; ++seen) {
-        wait_while(worker->ticket, seen);
+      for (;;) {
+        wait_while(worker->state, uint32_t(kIdle));
+        uint32_t expected = kPosted;
+        if (!worker->state.compare_exchange_strong(expected, kRunning, std::memory_order_acq_rel))
+          continue; // taken back
         task_(context_, thread);
-        if (remaining_.fetch_sub(1, std::memory_order_acq_rel) == 1)
-          remaining_.notify_one();
+        worker->state.store(kIdle, std::memory_order_release);
+        worker->state.notify_one();
       }
     }).detach();
   }
@@ -80,7 +93,6 @@ private:
   std::vector<std::unique_ptr<Worker>> workers_;
   ThreadTask task_ = nullptr;
   void* context_ = nullptr;
-  std::atomic<int> remaining_{0};
 };
 
 // Leaked on purpose, see add_worker. A forked child has none of the threads: it starts a new team.

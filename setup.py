@@ -18,11 +18,16 @@ SOURCES = [
     "csrc/ops.cpp",
     "csrc/module.cpp",
     "csrc/cpu/ops_cpu.cpp",
+    "csrc/cpu/decode_step.cpp",
     "csrc/cpu/dispatch.cpp",
+    "csrc/cpu/executor.cpp",
+    "csrc/cpu/executor_registry.cpp",
     "csrc/cpu/threads.cpp",
     "csrc/cpu/codec.cpp",
     "csrc/cpu/read_probe.cpp",
     "csrc/cpu/ref.cpp",
+    "csrc/plan/bindings.cpp",
+    "csrc/plan/plan.cpp",
 ]
 if platform.machine().lower() in ("x86_64", "amd64"):
     SOURCES += ["csrc/cpu/avx2.cpp", "csrc/cpu/avx2_split.cpp"]

@@ -5,8 +5,10 @@
 
 #include "cpu/kernels.h"
 #include "cpu/read_probe.h"
+#include "plan/bindings.h"
 
 PYBIND11_MODULE(_C, m) {
+  q4metal::plan::bind(m);
   m.def(
       "cpu_kernels", [] { return q4metal::cpu::kernels().name; },
       "Name of the CPU kernel table in use.");

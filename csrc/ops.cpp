@@ -32,4 +32,11 @@ TORCH_LIBRARY(q4metal, m) {
   m.def("quantize(Tensor w, int group_size=64, int bits=4, str mode=\"affine\") "
         "-> (Tensor, Tensor, Tensor)",
         tags);
+  // One decoded token for each of R rows, 1 to 8, of the model behind the handle `plan`: input ids
+  // int64 [R]; positions int64 [R]; rope float32 [R, 2, head_dim], cos and sin; block_tables int32
+  // [R, blocks]; kv: the slabs [2, layers, blocks, kv_heads, 32, head_dim] of a KV pool, appended
+  // to; out: logits float32 [R, vocab_size], or greedy token ids int64 [R].
+  m.def("decode_step(int plan, Tensor input, Tensor positions, Tensor rope, Tensor block_tables, "
+        "Tensor? sampling, Tensor(a!)[] kv, Tensor(b!) out) -> ()",
+        tags);
 }

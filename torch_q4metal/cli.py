@@ -25,6 +25,9 @@ def run(app: "typer.Typer") -> NoReturn:
 
     A traceback is shown for errors nobody foresaw, and for every error where ``--debug`` is given.
     """
+    # Read when torch is imported, which is later: OpenMP's idle workers would spin for milliseconds
+    # on the cores that the kernels' own threads need.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = "--debug" in sys.argv
     try:
         result = app(standalone_mode=False)
@@ -33,14 +36,22 @@ def run(app: "typer.Typer") -> NoReturn:
     except Q4MetalError as error:
         _fail(str(error), EXIT_ERROR, debug)
     except BrokenPipeError:
-        # The interpreter flushes stdout again on its way out: give it somewhere to write.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_PIPE)
+        _exit_for_pipe()
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # which typer makes an exit with 1
+            _exit_for_pipe()
+        raise
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
         _exit_for_click(error)
         raise
+
+
+def _exit_for_pipe() -> NoReturn:
+    # The interpreter flushes stdout again on its way out: give it somewhere to write.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(EXIT_PIPE)
 
 
 def _fail(sentence: str, code: int, debug: bool) -> NoReturn:

@@ -91,6 +91,25 @@ def quantize(
     return _ops.quantize(w, group_size, bits, mode)
 
 
+def decode_step(
+    plan: int,
+    input: Tensor,
+    positions: Tensor,
+    rope: Tensor,
+    block_tables: Tensor,
+    kv: list[Tensor],
+    out: Tensor,
+) -> None:
+    """One token for each of R rows (1 to 8) of the model behind the handle ``plan``.
+
+    ``input`` ids int64 [R]; ``positions`` int64 [R]; ``rope`` float32 [R, 2, head_dim], cosines and
+    signed sines; ``block_tables`` int32 [R, blocks]; ``kv`` the slabs [2, layers, blocks, kv_heads,
+    32, head_dim], which get the new keys and values; ``out`` gets logits (float32 [R, V]) or
+    greedy ids (int64 [R]). Raises ValueError, and IndexError for ids or blocks that do not exist.
+    """
+    _ops.decode_step(plan, input, positions, rope, block_tables, None, kv, out)
+
+
 def cpu_kernels() -> str:
     """Name of the CPU kernel table in use: a value of Q4METAL_CPU."""
     return _extension.load().cpu_kernels()
@@ -206,6 +225,20 @@ def _(
     packed = w.new_empty((rows, columns * bits // 32), dtype=torch.int32)
     groups = w.new_empty((rows, columns // group_size))
     return packed, groups, torch.empty_like(groups)
+
+
+@torch.library.register_fake("q4metal::decode_step")
+def _(
+    plan: int,
+    input: Tensor,
+    positions: Tensor,
+    rope: Tensor,
+    block_tables: Tensor,
+    sampling: Tensor | None,
+    kv: list[Tensor],
+    out: Tensor,
+) -> None:
+    return None
 
 
 def _save_matmul(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -10,7 +10,11 @@
 // large sums would cancel at the end, and at K = 18944 the error was 1.3e-6 instead of 4e-7
 // (relative rms). The centre costs nothing per code: each lane's sum starts at -centre times the x
 // that the lane will meet.
+#include <limits>
+
 #include "avx2.h" // from here on everything compiles for AVX2
+
+#include "vector_math.h"
 
 namespace q4metal::cpu {
 namespace {
@@ -80,7 +84,7 @@ void prepare(const PackedMatrix& w, const float* x, int64_t rows, std::byte* pre
 }
 
 // Eight codes in natural order. A read of eight bytes never passes the end of its run of 32 codes.
-template <int kBits> __m256 unpack8(const uint8_t* run, int eighth) {
+template <int kBits> Q4_INLINE __m256 unpack8(const uint8_t* run, int eighth) {
   const uint64_t stream = eight_codes<kBits>(run, eighth);
   const __m256i all = _mm256_set1_epi64x(int64_t(stream));
   const __m256i low = _mm256_srlv_epi64(all, _mm256_setr_epi64x(0, kBits, 2 * kBits, 3 * kBits));
@@ -93,7 +97,7 @@ template <int kBits> __m256 unpack8(const uint8_t* run, int eighth) {
 }
 
 // Field `j` of eight words, times 2^(j * bits); the top field is shifted down instead.
-template <int kBits> __m256 field(__m256i words, int j) {
+template <int kBits> Q4_INLINE __m256 field(__m256i words, int j) {
   constexpr int kFields = 32 / kBits;
   if (j == kFields - 1)
     return _mm256_cvtepi32_ps(_mm256_srli_epi32(words, 32 - kBits));
@@ -103,8 +107,8 @@ template <int kBits> __m256 field(__m256i words, int j) {
 
 // Adds one block of codes times x, for kRows rows of x at distance `stride`.
 template <int kBits, int kRows>
-inline void dot_block(const uint8_t* block, bool half, const float* x, int64_t stride,
-                      __m256* sums) {
+Q4_INLINE void dot_block(const uint8_t* block, bool half, const float* x, int64_t stride,
+                         __m256* sums) {
   if constexpr (kBits == 4 || kBits == 8) {
     // `half`: the row ends after four words, and the block's upper x are zero.
     const auto* words = reinterpret_cast<const __m256i*>(block);
@@ -135,14 +139,12 @@ template <int kBits, int kGroup> __m256i scale_lanes() {
   return _mm256_setzero_si256();
 }
 
-template <int kBits, int kGroup, int kRows, typename S>
+template <int kBits, int kGroup, int kRows>
 void matvec_row(const PackedMatrix& w, const float* x, int64_t n, float* y) {
   constexpr int64_t kBlock = block_codes(kBits);
   constexpr int64_t kSpan = 8 * kGroup; // codes that eight scales cover
   const int64_t columns = w.in_features, groups = w.groups(), stride = prepared_row(w);
   const uint8_t* row = w.weight + n * w.row_stride();
-  const S* scales = static_cast<const S*>(w.scales) + n * groups;
-  const S* biases = static_cast<const S*>(w.biases) + n * groups;
   const float* group_sums = x + prepared_x(w);
   const __m256 middle = _mm256_set1_ps(centre(kBits));
   __m256 totals[kRows], offsets[kRows];
@@ -150,8 +152,9 @@ void matvec_row(const PackedMatrix& w, const float* x, int64_t n, float* y) {
     totals[m] = offsets[m] = _mm256_setzero_ps();
   for (int64_t first = 0; first < columns; first += kSpan) {
     const int64_t g = first / kGroup;
-    const __m256 scale8 = load_groups(scales + g, groups - g);
-    const __m256 offset8 = _mm256_fmadd_ps(scale8, middle, load_groups(biases + g, groups - g));
+    const __m256 scale8 = load_groups(w, w.scales, n * groups + g, groups - g);
+    const __m256 offset8 =
+        _mm256_fmadd_ps(scale8, middle, load_groups(w, w.biases, n * groups + g, groups - g));
     for (int m = 0; m < kRows; ++m)
       offsets[m] =
           _mm256_fmadd_ps(offset8, _mm256_load_ps(group_sums + m * stride + g), offsets[m]);
@@ -177,7 +180,7 @@ void matvec_row(const PackedMatrix& w, const float* x, int64_t n, float* y) {
     y[m * w.out_features + n] = horizontal_sum(totals[m]) + horizontal_sum(offsets[m]);
 }
 
-template <int kBits, int kGroup, typename S>
+template <int kBits, int kGroup>
 void matvec_range(const PackedMatrix& w, const float* x, int64_t rows, float* y, int64_t begin,
                   int64_t end) {
   // Four rows at most fit the registers. A row's order of addition is the same in every variant.
@@ -188,19 +191,19 @@ void matvec_range(const PackedMatrix& w, const float* x, int64_t rows, float* y,
       float* out = y + m * w.out_features;
       switch (rows - m) {
       case 1:
-        matvec_row<kBits, kGroup, 1, S>(w, at, n, out);
+        matvec_row<kBits, kGroup, 1>(w, at, n, out);
         m += 1;
         break;
       case 2:
-        matvec_row<kBits, kGroup, 2, S>(w, at, n, out);
+        matvec_row<kBits, kGroup, 2>(w, at, n, out);
         m += 2;
         break;
       case 3:
-        matvec_row<kBits, kGroup, 3, S>(w, at, n, out);
+        matvec_row<kBits, kGroup, 3>(w, at, n, out);
         m += 3;
         break;
       default:
-        matvec_row<kBits, kGroup, 4, S>(w, at, n, out);
+        matvec_row<kBits, kGroup, 4>(w, at, n, out);
         m += 4;
       }
     }
@@ -209,9 +212,8 @@ void matvec_range(const PackedMatrix& w, const float* x, int64_t rows, float* y,
 void matvec(const PackedMatrix& w, const std::byte* prepared, int64_t rows, float* y, int64_t begin,
             int64_t end) {
   const float* x = reinterpret_cast<const float*>(prepared);
-  for_format(w, [&]<int kBits, int kGroup, typename S>() {
-    matvec_range<kBits, kGroup, S>(w, x, rows, y, begin, end);
-  });
+  for_format(
+      w, [&]<int kBits, int kGroup>() { matvec_range<kBits, kGroup>(w, x, rows, y, begin, end); });
 }
 
 // ---- more rows: a block of W is expanded to float32 in the cache and used for all rows of x
@@ -225,14 +227,13 @@ float* dense_scratch() {
 }
 
 // W[n, begin:end) in float32; begin and end are multiples of the group size.
-template <int kBits, int kGroup, typename S>
+template <int kBits, int kGroup>
 void expand_row(const PackedMatrix& w, int64_t n, int64_t begin, int64_t end, float* out) {
   const uint8_t* row = w.weight + n * w.row_stride();
-  const S* scales = static_cast<const S*>(w.scales) + n * w.groups();
-  const S* biases = static_cast<const S*>(w.biases) + n * w.groups();
   for (int64_t k = begin; k < end; k += kGroup) {
-    const __m256 scale = _mm256_set1_ps(widen(scales[k / kGroup])),
-                 bias = _mm256_set1_ps(widen(biases[k / kGroup]));
+    const int64_t group = n * w.groups() + k / kGroup;
+    const __m256 scale = _mm256_set1_ps(widen_at(w.scales, w.scales_dtype, group));
+    const __m256 bias = _mm256_set1_ps(widen_at(w.biases, w.scales_dtype, group));
     for (int64_t run = k; run < k + kGroup; run += kCodesPerRun, out += kCodesPerRun)
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j)
@@ -276,7 +277,7 @@ void gemm_rows(const float* x, int64_t x_stride, const float* dense, int64_t col
     gemm_tile<kM, 1>(x, x_stride, dense + n * kColumnBlock, columns, y + n, y_stride, accumulate);
 }
 
-template <int kBits, int kGroup, typename S>
+template <int kBits, int kGroup>
 void gemm_range(const PackedMatrix& w, const float* x, int64_t rows, float* y, int64_t begin,
                 int64_t end) {
   float* dense = dense_scratch();
@@ -286,7 +287,7 @@ void gemm_range(const PackedMatrix& w, const float* x, int64_t rows, float* y, i
     for (int64_t k = 0; k < columns; k += kColumnBlock) {
       const int64_t width = std::min(kColumnBlock, columns - k);
       for (int64_t r = 0; r < count; ++r)
-        expand_row<kBits, kGroup, S>(w, n + r, k, k + width, dense + r * kColumnBlock);
+        expand_row<kBits, kGroup>(w, n + r, k, k + width, dense + r * kColumnBlock);
       // Each y[m][n] is a sum over column blocks of eight lanes: the same for every number of rows.
       int64_t m = 0;
       for (; m + 4 <= rows; m += 4)
@@ -301,14 +302,13 @@ void gemm_range(const PackedMatrix& w, const float* x, int64_t rows, float* y, i
 
 void gemm(const PackedMatrix& w, const float* x, int64_t rows, float* y, int64_t begin,
           int64_t end) {
-  for_format(w, [&]<int kBits, int kGroup, typename S>() {
-    gemm_range<kBits, kGroup, S>(w, x, rows, y, begin, end);
-  });
+  for_format(
+      w, [&]<int kBits, int kGroup>() { gemm_range<kBits, kGroup>(w, x, rows, y, begin, end); });
 }
 
 // ---- y = x W: rows of W are added up, so columns are shared out and every thread walks all rows
 
-template <int kBits, int kGroup, typename S>
+template <int kBits, int kGroup>
 void transposed_range(const PackedMatrix& w, const float* x, int64_t rows, float* y, int64_t begin,
                       int64_t end) {
   // Sums of 16 before they join the total: one running float32 sum over 152,064 rows loses digits.
@@ -321,7 +321,7 @@ void transposed_range(const PackedMatrix& w, const float* x, int64_t rows, float
     for (int64_t n = 0; n < w.out_features; n += kDepth) {
       const int64_t count = std::min(kDepth, w.out_features - n);
       for (int64_t r = 0; r < count; ++r)
-        expand_row<kBits, kGroup, S>(w, n + r, k, k + width, dense + r * kColumnBlock);
+        expand_row<kBits, kGroup>(w, n + r, k, k + width, dense + r * kColumnBlock);
       for (int64_t m = 0; m < rows; ++m) {
         const float* factors = x + m * w.out_features + n;
         float* out = y + m * w.in_features + k;
@@ -345,15 +345,20 @@ void transposed_range(const PackedMatrix& w, const float* x, int64_t rows, float
 
 void gemm_transposed(const PackedMatrix& w, const float* x, int64_t rows, float* y, int64_t begin,
                      int64_t end) {
-  for_format(w, [&]<int kBits, int kGroup, typename S>() {
-    transposed_range<kBits, kGroup, S>(w, x, rows, y, begin, end);
+  for_format(w, [&]<int kBits, int kGroup>() {
+    transposed_range<kBits, kGroup>(w, x, rows, y, begin, end);
   });
 }
 
 } // namespace
 
-const KernelTable avx2_kernels = {
-    "avx2", {prepared_bytes, prepare, matvec}, avx2_split_matvec, gemm, gemm, gemm_transposed};
+const KernelTable avx2_kernels = {"avx2",
+                                  {prepared_bytes, prepare, matvec},
+                                  avx2_split_matvec,
+                                  gemm,
+                                  gemm,
+                                  gemm_transposed,
+                                  vector_kernels};
 
 } // namespace q4metal::cpu
 

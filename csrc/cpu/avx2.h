@@ -27,33 +27,41 @@ constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step -
 
 constexpr int64_t kPrefetchAhead = 1024; // bytes ahead in the one sequential stream of weights
 
-template <typename T> __m256 load8(const T* values);
-
-template <> inline __m256 load8<float>(const float* values) { return _mm256_loadu_ps(values); }
-
-template <> inline __m256 load8<Half>(const Half* values) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
+Q4_INLINE __m256 load8(const void* values, DType dtype) {
+  const auto* p = static_cast<const __m128i*>(values);
+  switch (dtype) {
+  case DType::f32:
+    return _mm256_loadu_ps(static_cast<const float*>(values));
+  case DType::f16:
+    return _mm256_cvtph_ps(_mm_loadu_si128(p));
+  case DType::bf16:
+    break;
+  }
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16));
 }
 
-template <> inline __m256 load8<BFloat16>(const BFloat16* values) {
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-}
-
-// Up to eight values, zeros behind them: a vector load would pass the end of the last row.
-template <typename T> __m256 load_tail(const T* values, int64_t count) {
-  T padded[8] = {};
-  std::copy(values, values + count, padded);
-  return load8(padded);
-}
-
-template <typename T> __m256 load_groups(const T* values, int64_t count) {
-  return count >= 8 ? load8(values) : load_tail(values, count);
+// Scales or biases [index, index + 8) of all N * groups of a matrix, zeros in place of those from
+// `count` on. They belong to the next row, so a whole vector may be read, except at the end of the
+// array. The dtype is a branch that is always predicted, not a template parameter, which would
+// triple the build.
+Q4_INLINE __m256 load_groups(const PackedMatrix& w, const void* values, int64_t index,
+                             int64_t count) {
+  const int64_t size = size_of(w.scales_dtype);
+  const auto* p = static_cast<const std::byte*>(values) + index * size;
+  if (count >= 8)
+    return load8(p, w.scales_dtype);
+  alignas(32) static constexpr int32_t kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  const __m256i mask = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMask + 8 - count));
+  if (index + 8 <= w.out_features * w.groups())
+    return _mm256_and_ps(load8(p, w.scales_dtype), _mm256_castsi256_ps(mask));
+  alignas(32) std::byte padded[32] = {};
+  std::memcpy(padded, p, count * size);
+  return load8(padded, w.scales_dtype);
 }
 
 // Codes 8 * eighth and the seven after it of a run of 32, as a bit stream. A read of eight bytes
 // that would pass the end of the run is moved back inside it: 32 codes are at least eight bytes.
-template <int kBits> uint64_t eight_codes(const uint8_t* run, int eighth) {
+template <int kBits> Q4_INLINE uint64_t eight_codes(const uint8_t* run, int eighth) {
   constexpr int kLast = 4 * kBits - 8;
   const int begin = eighth * kBits;
   uint64_t stream;
@@ -62,50 +70,38 @@ template <int kBits> uint64_t eight_codes(const uint8_t* run, int eighth) {
 }
 
 // Lane pairs 4, 2, 1 apart are added, in this order.
-inline float horizontal_sum(__m256 v) {
+Q4_INLINE float horizontal_sum(__m256 v) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-// Calls f.template operator()<bits, group_size, S>() for the format of w; S is the scales' type.
-template <int kBits, typename S, typename F>
-void for_group_size(const PackedMatrix& w, const F& f) {
+// Calls f.template operator()<bits, group_size>() for the format of w.
+template <int kBits, typename F> void for_group_size(const PackedMatrix& w, const F& f) {
   switch (w.group_size) {
   case 32:
-    return f.template operator()<kBits, 32, S>();
+    return f.template operator()<kBits, 32>();
   case 64:
-    return f.template operator()<kBits, 64, S>();
+    return f.template operator()<kBits, 64>();
   default:
-    return f.template operator()<kBits, 128, S>();
-  }
-}
-
-template <typename S, typename F> void for_bits(const PackedMatrix& w, const F& f) {
-  switch (w.bits) {
-  case 2:
-    return for_group_size<2, S>(w, f);
-  case 3:
-    return for_group_size<3, S>(w, f);
-  case 4:
-    return for_group_size<4, S>(w, f);
-  case 5:
-    return for_group_size<5, S>(w, f);
-  case 6:
-    return for_group_size<6, S>(w, f);
-  default:
-    return for_group_size<8, S>(w, f);
+    return f.template operator()<kBits, 128>();
   }
 }
 
 template <typename F> void for_format(const PackedMatrix& w, const F& f) {
-  switch (w.scales_dtype) {
-  case DType::f32:
-    return for_bits<float>(w, f);
-  case DType::f16:
-    return for_bits<Half>(w, f);
-  case DType::bf16:
-    return for_bits<BFloat16>(w, f);
+  switch (w.bits) {
+  case 2:
+    return for_group_size<2>(w, f);
+  case 3:
+    return for_group_size<3>(w, f);
+  case 4:
+    return for_group_size<4>(w, f);
+  case 5:
+    return for_group_size<5>(w, f);
+  case 6:
+    return for_group_size<6>(w, f);
+  default:
+    return for_group_size<8>(w, f);
   }
 }
 

@@ -121,7 +121,7 @@ void prepare(const PackedMatrix& w, const float* x, int64_t rows, std::byte* pre
   }
 }
 
-__m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+Q4_INLINE __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
 // ---- where codes come from: two vectors per unit of 4 bits, one per unit of other widths
 
@@ -129,7 +129,7 @@ struct Packed4 {
   const uint8_t* row;
 
   // `half`: only the first 32 codes exist.
-  void unit(int64_t k, bool half, __m256i* out) const {
+  Q4_INLINE void unit(int64_t k, bool half, __m256i* out) const {
     const uint8_t* p = row + k / 2;
     const __m256i v =
         half ? _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))
@@ -143,13 +143,13 @@ struct Packed4 {
 struct Packed8 {
   const uint8_t* row;
 
-  void unit(int64_t k, bool, __m256i* out) const { out[0] = load(row + k); }
+  Q4_INLINE void unit(int64_t k, bool, __m256i* out) const { out[0] = load(row + k); }
 };
 
 template <int kBits> struct PackedOdd {
   const uint8_t* row;
 
-  void unit(int64_t k, bool, __m256i* out) const {
+  Q4_INLINE void unit(int64_t k, bool, __m256i* out) const {
     alignas(32) uint64_t bytes[4];
     for (int i = 0; i < 4; ++i)
       bytes[i] = _pdep_u64(eight_codes<kBits>(row + k * kBits / 8, i),
@@ -167,7 +167,7 @@ template <int kBits> struct Expanded {
   const std::byte* bytes;
   int64_t origin;
 
-  void unit(int64_t k, bool, __m256i* out) const {
+  Q4_INLINE void unit(int64_t k, bool, __m256i* out) const {
     const std::byte* p = bytes + (k - origin);
     out[0] = load(p);
     if constexpr (kBits == 4)
@@ -177,7 +177,7 @@ template <int kBits> struct Expanded {
 
 // ---- sums
 
-template <int kBits> __m256i unit_sum(const __m256i* codes, const std::byte* x) {
+template <int kBits> Q4_INLINE __m256i unit_sum(const __m256i* codes, const std::byte* x) {
   if constexpr (kBits == 4) {
     const __m256i high = _mm256_add_epi16(_mm256_maddubs_epi16(codes[0], load(x)),
                                           _mm256_maddubs_epi16(codes[1], load(x + 32)));
@@ -194,13 +194,13 @@ template <int kBits> __m256i unit_sum(const __m256i* codes, const std::byte* x) 
 }
 
 // Lanes of four vectors added within 128-bit halves: four low sums, then four high sums.
-__m256i half_sums(const __m256i* v) {
+Q4_INLINE __m256i half_sums(const __m256i* v) {
   return _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
 }
 
 // The sums t of groups [g, g + 8) in order; `count` of them exist (8 in the main loop).
 template <int kBits, int kGroup, bool kAll, typename Codes>
-inline __m256i group_sums(const Codes& codes, const std::byte* x, int64_t g, int64_t count) {
+Q4_INLINE __m256i group_sums(const Codes& codes, const std::byte* x, int64_t g, int64_t count) {
   constexpr int64_t kUnit = unit_codes(kBits);
   if constexpr (kUnit > kGroup) { // a unit of 64 codes holds two groups of 32, one in each half
     __m256i v[4];
@@ -234,25 +234,23 @@ inline __m256i group_sums(const Codes& codes, const std::byte* x, int64_t g, int
 }
 
 // The tree of split.h: lanes 8 apart here, then 4, 2, 1.
-float tree(__m256 low, __m256 high) { return horizontal_sum(_mm256_add_ps(low, high)); }
+Q4_INLINE float tree(__m256 low, __m256 high) { return horizontal_sum(_mm256_add_ps(low, high)); }
 
-template <int kBits, int kGroup, int kRows, typename S>
+template <int kBits, int kGroup, int kRows>
 void matvec_row(const PackedMatrix& w, const std::byte* x, int64_t n, float* y) {
   const PreparedRow layout(w);
   const int64_t groups = w.groups();
   const Packed<kBits> packed{w.weight + n * w.row_stride()};
-  const S* scales = static_cast<const S*>(w.scales) + n * groups;
-  const S* biases = static_cast<const S*>(w.biases) + n * groups;
   __m256 acc[kRows][2], off[kRows][2];
   for (int m = 0; m < kRows; ++m)
     acc[m][0] = acc[m][1] = off[m][0] = off[m][1] = _mm256_setzero_ps();
 
-  const auto eight_groups = [&]<bool kAll>(int64_t g, int lane) {
+  const auto eight_groups = [&]<bool kAll>(int64_t g, int lane) __attribute__((always_inline)) {
     const int64_t count = groups - g;
     for (int64_t b = 0; b < kGroup * kBits; b += 64)
       __builtin_prefetch(packed.row + g * kGroup * kBits / 8 + b + kPrefetchAhead);
-    const __m256 scale = kAll ? load8(scales + g) : load_tail(scales + g, count);
-    const __m256 bias = kAll ? load8(biases + g) : load_tail(biases + g, count);
+    const __m256 scale = load_groups(w, w.scales, n * groups + g, count);
+    const __m256 bias = load_groups(w, w.biases, n * groups + g, count);
     alignas(32) std::byte expanded[kRows == 1 ? 1 : 8 * kGroup];
     if constexpr (kRows > 1) {
       constexpr int64_t kUnit = unit_codes(kBits);
@@ -290,7 +288,7 @@ void matvec_row(const PackedMatrix& w, const std::byte* x, int64_t n, float* y) 
     y[m * w.out_features + n] = tree(acc[m][0], acc[m][1]) + tree(off[m][0], off[m][1]);
 }
 
-template <int kBits, int kGroup, typename S>
+template <int kBits, int kGroup>
 void matvec_range(const PackedMatrix& w, const std::byte* x, int64_t rows, float* y, int64_t begin,
                   int64_t end) {
   const int64_t stride = PreparedRow(w).bytes();
@@ -299,13 +297,13 @@ void matvec_range(const PackedMatrix& w, const std::byte* x, int64_t rows, float
       const std::byte* at = x + m * stride;
       float* out = y + m * w.out_features;
       if (rows - m >= 4) {
-        matvec_row<kBits, kGroup, 4, S>(w, at, n, out);
+        matvec_row<kBits, kGroup, 4>(w, at, n, out);
         m += 4;
       } else if (rows - m >= 2) {
-        matvec_row<kBits, kGroup, 2, S>(w, at, n, out);
+        matvec_row<kBits, kGroup, 2>(w, at, n, out);
         m += 2;
       } else {
-        matvec_row<kBits, kGroup, 1, S>(w, at, n, out);
+        matvec_row<kBits, kGroup, 1>(w, at, n, out);
         m += 1;
       }
     }
@@ -313,8 +311,8 @@ void matvec_range(const PackedMatrix& w, const std::byte* x, int64_t rows, float
 
 void matvec(const PackedMatrix& w, const std::byte* prepared, int64_t rows, float* y, int64_t begin,
             int64_t end) {
-  for_format(w, [&]<int kBits, int kGroup, typename S>() {
-    matvec_range<kBits, kGroup, S>(w, prepared, rows, y, begin, end);
+  for_format(w, [&]<int kBits, int kGroup>() {
+    matvec_range<kBits, kGroup>(w, prepared, rows, y, begin, end);
   });
 }
 

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../matrix.h"
+
 namespace q4metal::cpu {
 
 struct Half {
@@ -27,6 +29,19 @@ inline float widen(Half value) {
   const uint32_t finite = std::bit_cast<uint32_t>(scaled);
   const uint32_t special = (magnitude << 13) | 0x7f800000; // infinity and NaN keep their payload
   return std::bit_cast<float>(sign | (magnitude >= 0x7c00 ? special : finite));
+}
+
+// Element `index` of an array of any float type.
+inline float widen_at(const void* values, DType dtype, int64_t index) {
+  switch (dtype) {
+  case DType::f16:
+    return widen(static_cast<const Half*>(values)[index]);
+  case DType::bf16:
+    return widen(static_cast<const BFloat16*>(values)[index]);
+  case DType::f32:
+    break;
+  }
+  return static_cast<const float*>(values)[index];
 }
 
 template <typename T> T narrow(float value);

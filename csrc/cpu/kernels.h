@@ -6,26 +6,13 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../layout.h"
+#include "../matrix.h"
+
+// For the pieces of inner loops: left to itself the compiler called some of them (and vectors of 32
+// bytes passed between functions have an ABI that depends on the target).
+#define Q4_INLINE inline __attribute__((always_inline))
 
 namespace q4metal::cpu {
-
-enum class DType { f32, f16, bf16 };
-
-// A packed matrix in memory, rows and groups contiguous.
-struct PackedMatrix {
-  const uint8_t* weight; // little-endian words
-  const void* scales;
-  const void* biases;
-  DType scales_dtype; // of scales and of biases
-  int64_t out_features;
-  int64_t in_features;
-  int group_size;
-  int bits;
-
-  int64_t groups() const { return in_features / group_size; }
-  int64_t row_stride() const { return row_bytes(in_features, bits); }
-};
 
 // A product of 1 to kMaxMatvecRows rows of x with W^T. `prepare` puts x into the order that suits
 // the instruction set, once per call; `run` then computes output features [begin, end) for all
@@ -42,6 +29,39 @@ struct MatvecKernel {
 
 constexpr int64_t kMaxMatvecRows = 8;
 
+// One stretch of the context for the query heads that share a KV head.
+struct AttentionSplit {
+  static constexpr int kBlockPositions = 32;
+
+  const float* query; // [queries, head_dim]
+  int64_t queries;
+  int64_t head_dim;
+  int64_t begin, end; // positions; begin is the first of a block
+  float scale;
+  DType dtype; // of keys and values
+  const void* context;
+  const void* (*key_block)(const void* context, int64_t block); // [32, head_dim] of this KV head
+  const void* (*value_block)(const void* context, int64_t block);
+  float* out; // [queries, head_dim + 2]: weighted values, maximum, sum
+};
+
+// What decoding computes beside packed matrices (vector_math.h), float32.
+struct VectorKernels {
+  // out = gamma * x; returns 1 / sqrt(mean(x^2) + eps).
+  float (*norm_gamma)(const float* x, const float* gamma, int64_t n, float eps, float* out);
+  // Rotates a head in place; cos and signed sin have `dim` values.
+  void (*rope)(float* head, const float* cos, const float* sin, int64_t dim);
+  // gate = silu(gate) * up.
+  void (*swiglu)(float* gate, const float* up, int64_t n);
+  // y[:, begin:end) = x W[begin:end, :]^T of a dense matrix; y [rows, N].
+  void (*dense_matvec)(const DenseMatrix& w, const float* x, int64_t rows, float* y, int64_t begin,
+                       int64_t end);
+  void (*attention_split)(const AttentionSplit& split);
+  // Joins partial results `stride` floats apart, in their order, to out [dim].
+  void (*attention_combine)(const float* partial, int64_t splits, int64_t stride, int64_t dim,
+                            float* out);
+};
+
 struct KernelTable {
   const char* name; // the value of Q4METAL_CPU
   MatvecKernel matvec_exact;
@@ -56,6 +76,7 @@ struct KernelTable {
   // kColumnStep, or end is K.
   void (*gemm_transposed)(const PackedMatrix& w, const float* x, int64_t rows, float* y,
                           int64_t begin, int64_t end);
+  VectorKernels vector;
 };
 
 constexpr int64_t kColumnStep = 128; // whole groups of every size

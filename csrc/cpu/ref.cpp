@@ -1,11 +1,11 @@
 // The portable kernels: plain C++ that any compiler vectorises as it can. They define what the
 // others are compared with; float32 throughout.
 #include <algorithm>
+#include <limits>
 #include <vector>
 
-#include "float_types.h"
-#include "kernels.h"
 #include "split.h"
+#include "vector_math.h"
 
 namespace q4metal::cpu {
 namespace {
@@ -13,26 +13,14 @@ namespace {
 // Partial sums per row: wide enough for any vector unit, and the order of addition is fixed by it.
 constexpr int kLanes = 16;
 
-float scale_at(const void* values, DType dtype, int64_t index) {
-  switch (dtype) {
-  case DType::f16:
-    return widen(static_cast<const Half*>(values)[index]);
-  case DType::bf16:
-    return widen(static_cast<const BFloat16*>(values)[index]);
-  case DType::f32:
-    break;
-  }
-  return static_cast<const float*>(values)[index];
-}
-
 // W[row, begin:end) in float32; begin and end are multiples of kCodesPerRun.
 void expand_row(const PackedMatrix& w, int64_t row, int64_t begin, int64_t end, float* out) {
   const uint8_t* packed = w.weight + row * w.row_stride();
   for (int64_t k = begin; k < end; k += kCodesPerRun, out += kCodesPerRun) {
     unpack_run(packed, w.bits, k, out);
     const int64_t group = row * w.groups() + k / w.group_size;
-    const float scale = scale_at(w.scales, w.scales_dtype, group);
-    const float bias = scale_at(w.biases, w.scales_dtype, group);
+    const float scale = widen_at(w.scales, w.scales_dtype, group);
+    const float bias = widen_at(w.biases, w.scales_dtype, group);
     for (int i = 0; i < kCodesPerRun; ++i)
       out[i] = out[i] * scale + bias;
   }
@@ -149,8 +137,8 @@ void split_matvec(const PackedMatrix& w, const std::byte* prepared, int64_t rows
         int32_t t = 0;
         for (int64_t k = g * w.group_size; k < (g + 1) * w.group_size; ++k)
           t += codes[k] * row.codes[k];
-        const float scale = scale_at(w.scales, w.scales_dtype, n * w.groups() + g);
-        const float bias = scale_at(w.biases, w.scales_dtype, n * w.groups() + g);
+        const float scale = widen_at(w.scales, w.scales_dtype, n * w.groups() + g);
+        const float bias = widen_at(w.biases, w.scales_dtype, n * w.groups() + g);
         const float factor = scale * row.blocks[g * w.group_size / kSplitBlock];
         const int lane = g % kSplitLanes;
         sums[lane] = std::fma(float(t), factor, sums[lane]);
@@ -168,6 +156,7 @@ const KernelTable ref_kernels = {"ref",
                                  {split_bytes, split_prepare, split_matvec},
                                  gemm,
                                  gemm,
-                                 gemm_transposed};
+                                 gemm_transposed,
+                                 vector_kernels};
 
 } // namespace q4metal::cpu

@@ -41,7 +41,8 @@ enum State : uint32_t { kIdle, kPosted, kRunning };
 
 class Team {
 public:
-  void run(int count, ThreadTask task, void* context) {
+  // `together`: no part is taken back from a late worker.
+  void run(int count, ThreadTask task, void* context, bool together) {
     std::lock_guard<std::mutex> turn(mutex_);
     while (int(workers_.size()) < count - 1)
       add_worker();
@@ -57,10 +58,13 @@ public:
       // On a busy machine a worker may not get a core for milliseconds: its part does not wait for
       // it.
       uint32_t expected = kPosted;
-      if (workers_[i]->state.compare_exchange_strong(expected, kIdle, std::memory_order_acq_rel))
+      if (!together &&
+          workers_[i]->state.compare_exchange_strong(expected, kIdle, std::memory_order_acq_rel)) {
         task(context, i + 1);
-      else
-        wait_while(workers_[i]->state, uint32_t(kRunning));
+        continue;
+      }
+      wait_while(workers_[i]->state, uint32_t(kPosted));
+      wait_while(workers_[i]->state, uint32_t(kRunning));
     }
     inside_task = false;
   }
@@ -115,7 +119,24 @@ void run_on_team(int count, ThreadTask task, void* context) {
       task(context, thread);
     return;
   }
-  current_team().run(count, task, context);
+  current_team().run(count, task, context, false);
+}
+
+void run_together(int count, ThreadTask task, void* context) {
+  if (count <= 1)
+    return task(context, 0);
+  current_team().run(count, task, context, true);
+}
+
+void Barrier::wait() {
+  const uint32_t round = round_.load(std::memory_order_acquire);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == count_ - 1) {
+    arrived_.store(0, std::memory_order_relaxed);
+    round_.store(round + 1, std::memory_order_release);
+    round_.notify_all();
+    return;
+  }
+  wait_while(round_, round);
 }
 
 } // namespace q4metal::cpu

@@ -15,6 +15,23 @@ using ThreadTask = void (*)(void* context, int thread);
 // Callers on several threads take turns; a call from inside a task runs serially.
 void run_on_team(int count, ThreadTask task, void* context);
 
+// As run_on_team, but all parts run at the same time, so that they may wait for each other.
+void run_together(int count, ThreadTask task, void* context);
+
+// Where `count` threads of run_together wait for each other. Spins for a while (a step of decoding
+// takes microseconds) and then gives the core up: with more threads than cores somebody else needs
+// it.
+class Barrier {
+public:
+  explicit Barrier(int count) : count_(count) {}
+  void wait();
+
+private:
+  const int count_;
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<uint32_t> round_{0};
+};
+
 // Calls body(begin, end) for pieces of [0, size) of `piece` elements, handed out from an atomic
 // counter: a thread that the machine slows down takes fewer pieces.
 template <typename Body>

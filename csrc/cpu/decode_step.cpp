@@ -1,0 +1,100 @@
+// torch.ops.q4metal.decode_step on the CPU: checks the tensors and runs the plan behind a handle.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+#include "executor_registry.h"
+
+namespace q4metal::cpu {
+namespace {
+
+at::ScalarType torch_dtype(DType dtype) {
+  return dtype == DType::f16 ? at::kHalf : dtype == DType::bf16 ? at::kBFloat16 : at::kFloat;
+}
+
+void check_contiguous(const at::Tensor& t, const char* name, at::ScalarType dtype,
+                      at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(t.scalar_type() == dtype && t.sizes() == shape && t.is_contiguous(), name,
+                    " is ", t.scalar_type(), " ", t.sizes(), "; it must be contiguous ", dtype, " ",
+                    shape);
+}
+
+// The largest number of blocks that a row's positions need must be in its table, and every entry
+// that is used must lie in a slab.
+void check_tables(const at::Tensor& tables, const int64_t* positions, int64_t blocks) {
+  const auto* table = tables.const_data_ptr<int32_t>();
+  for (int64_t m = 0; m < tables.size(0); ++m) {
+    const int64_t used = positions[m] / plan::kBlockPositions + 1;
+    TORCH_CHECK_VALUE(used <= tables.size(1), "position ", positions[m], " needs ", used,
+                      " blocks; block_tables has ", tables.size(1), " a row");
+    for (int64_t i = 0; i < used; ++i)
+      TORCH_CHECK_INDEX(
+          table[m * tables.size(1) + i] >= 0 && table[m * tables.size(1) + i] < blocks,
+          "block_tables holds ", table[m * tables.size(1) + i], "; kv has ", blocks, " blocks");
+  }
+}
+
+void decode_step(int64_t handle, const at::Tensor& input, const at::Tensor& positions,
+                 const at::Tensor& rope, const at::Tensor& block_tables,
+                 const std::optional<at::Tensor>& sampling, at::TensorList kv, at::Tensor& out) {
+  const auto executor = find_executor(handle);
+  TORCH_CHECK_VALUE(executor != nullptr, "decode plan ", handle,
+                    " does not exist, or its model was freed");
+  TORCH_CHECK_VALUE(!sampling.has_value() || !sampling->defined(),
+                    "sampling on the device is not built for the CPU; pass None");
+  const auto& shape = executor->plan().shape;
+  TORCH_CHECK_VALUE(input.dim() == 1 && input.size(0) >= 1 && input.size(0) <= plan::kMaxRows,
+                    "input has shape ", input.sizes(), "; a decode plan takes 1 to ",
+                    plan::kMaxRows, " token ids");
+  const int64_t rows = input.size(0);
+  check_contiguous(input, "input", at::kLong, {rows});
+  check_contiguous(positions, "positions", at::kLong, {rows});
+  check_contiguous(rope, "rope", at::kFloat, {rows, 2, shape.head_dim});
+  TORCH_CHECK_VALUE(block_tables.dim() == 2, "block_tables has shape ", block_tables.sizes(),
+                    "; it must be [R, blocks]");
+  check_contiguous(block_tables, "block_tables", at::kInt, {rows, block_tables.size(1)});
+  const bool wants_tokens = out.scalar_type() == at::kLong;
+  if (wants_tokens)
+    check_contiguous(out, "out", at::kLong, {rows});
+  else
+    check_contiguous(out, "out", at::kFloat, {rows, shape.vocab_size});
+
+  const auto* ids = input.const_data_ptr<int64_t>();
+  const auto* at = positions.const_data_ptr<int64_t>();
+  for (int64_t m = 0; m < rows; ++m) {
+    TORCH_CHECK_INDEX(ids[m] >= 0 && ids[m] < shape.vocab_size, "input holds ", ids[m],
+                      "; the vocabulary has ", shape.vocab_size, " tokens");
+    TORCH_CHECK_VALUE(at[m] >= 0 && at[m] < executor->context(), "positions holds ", at[m],
+                      "; the plan was built for a context of ", executor->context());
+  }
+  TORCH_CHECK_VALUE(!kv.empty(), "kv is empty; it must hold the slabs of a KV pool");
+  std::vector<KvSlab> slabs;
+  int64_t blocks = 0;
+  const int64_t slab_blocks = kv[0].dim() == 6 ? kv[0].size(2) : 0;
+  for (const auto& slab : kv) {
+    TORCH_CHECK_VALUE(
+        slab.dim() == 6 && (slabs.empty() || slabs.back().blocks == slab_blocks),
+        "kv holds a tensor of shape ", slab.sizes(),
+        "; slabs are [2, layers, blocks, kv_heads, 32, head_dim], all but the last of one size");
+    check_contiguous(
+        slab, "kv", torch_dtype(shape.kv_dtype),
+        {2, shape.layers, slab.size(2), shape.kv_heads, plan::kBlockPositions, shape.head_dim});
+    slabs.push_back({static_cast<std::byte*>(slab.mutable_data_ptr()), slab.size(2)});
+    blocks += slab.size(2);
+  }
+  check_tables(block_tables, at, blocks);
+
+  at::Tensor logits = wants_tokens ? at::empty({rows, shape.vocab_size}, rope.options()) : out;
+  executor->run({rows, ids, at, rope.const_data_ptr<float>(),
+                 block_tables.const_data_ptr<int32_t>(), block_tables.size(1), slabs.data(),
+                 slab_blocks, logits.mutable_data_ptr<float>(),
+                 wants_tokens ? out.mutable_data_ptr<int64_t>() : nullptr},
+                at::get_num_threads());
+}
+
+} // namespace
+} // namespace q4metal::cpu
+
+TORCH_LIBRARY_IMPL(q4metal, CPU, m) { m.impl("decode_step", &q4metal::cpu::decode_step); }

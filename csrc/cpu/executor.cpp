@@ -1,0 +1,450 @@
+#include "executor.h"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstring>
+#include <new>
+#include <type_traits>
+
+#include "float_types.h"
+#include "kernels.h"
+#include "threads.h"
+
+namespace q4metal::cpu {
+namespace {
+
+using plan::kMaxRows;
+using plan::Segment;
+using plan::Step;
+using plan::StepKind;
+
+// Positions that one thread attends to at a time. Cut by context length only, so that the order of
+// addition does not depend on threads or rows.
+constexpr int64_t kSplit = 512;
+
+// Rows of a matrix that a thread takes at a time: 64 rows of K = 576 are 18 KB of one stream.
+constexpr int64_t kRowsPerPiece = 64;
+
+constexpr size_t kAlign = 64;
+
+template <typename T> T* aligned(std::byte*& next, size_t count) {
+  T* start = reinterpret_cast<T*>(next);
+  next += (count * sizeof(T) + kAlign - 1) / kAlign * kAlign;
+  return start;
+}
+
+struct Memory {
+  std::byte* data = nullptr;
+  size_t size = 0;
+
+  void allocate(size_t bytes) {
+    data = static_cast<std::byte*>(::operator new(bytes, std::align_val_t(kAlign)));
+    size = bytes;
+    std::memset(data, 0, bytes);
+  }
+  Memory() = default;
+  Memory(const Memory&) = delete;
+  ~Memory() { ::operator delete(data, std::align_val_t(kAlign)); }
+};
+
+int64_t splits_of(int64_t positions) { return (positions + kSplit - 1) / kSplit; }
+
+} // namespace
+
+struct Executor::Workspace {
+  Memory shared;
+  float *hidden, *queries, *partial, *activation;
+  float* rows_out; // outputs of a matrix before they are used: [kMaxRows, widest N], by their own
+                   // threads
+  float* rows_up;
+  int64_t partial_stride; // floats of one row's partial results
+
+  // Scratch of one thread: the step's input, normalised and prepared.
+  struct Thread {
+    Memory memory;
+    float* input;
+    std::array<std::byte*, 3> prepared;
+  };
+  std::vector<std::unique_ptr<Thread>> threads;
+  size_t input_floats = 0, prepared_bytes = 0;
+
+  std::vector<std::atomic<int64_t>> next; // per step: the next piece to take
+
+  void add_threads(int count) {
+    while (int(threads.size()) < count) {
+      auto thread = std::make_unique<Thread>();
+      thread->memory.allocate(input_floats * sizeof(float) + 3 * prepared_bytes + 8 * kAlign);
+      std::byte* at = thread->memory.data;
+      thread->input = aligned<float>(at, input_floats);
+      for (auto& prepared : thread->prepared)
+        prepared = aligned<std::byte>(at, prepared_bytes);
+      threads.push_back(std::move(thread));
+    }
+  }
+};
+
+namespace {
+
+const MatvecKernel& matvec_of(const KernelTable& table, bool exact) {
+  return exact ? table.matvec_exact : table.matvec_fast;
+}
+
+int64_t widest_output(const plan::Plan& plan) {
+  int64_t widest = 0;
+  for (const Step& step : plan.steps)
+    if (step.kind != StepKind::embed && step.kind != StepKind::norm_head)
+      for (const Segment& segment : step.segments)
+        widest = std::max(widest, segment.out_features());
+  return widest;
+}
+
+} // namespace
+
+Executor::Executor(plan::Plan plan, int64_t context)
+    : plan_(std::move(plan)), context_(context), workspace_(std::make_unique<Workspace>()) {
+  const auto& shape = plan_.shape;
+  Workspace& w = *workspace_;
+  const KernelTable& table = kernels();
+  int64_t widest_input = 0;
+  for (const Step& step : plan_.steps)
+    for (const Segment& segment : step.segments) {
+      widest_input = std::max(widest_input, segment.in_features());
+      if (const auto* packed = std::get_if<PackedMatrix>(&segment.matrix))
+        w.prepared_bytes = std::max(
+            w.prepared_bytes, matvec_of(table, shape.exact).prepared_bytes(*packed, kMaxRows));
+    }
+  w.input_floats = kMaxRows * widest_input;
+  w.partial_stride = splits_of(context) * shape.heads * (shape.head_dim + 2);
+  const int64_t query = shape.heads * shape.head_dim, widest = widest_output(plan_);
+  w.shared.allocate(
+      sizeof(float) * kMaxRows *
+          (shape.hidden_size + query + w.partial_stride + shape.intermediate_size + 2 * widest) +
+      8 * kAlign);
+  std::byte* at = w.shared.data;
+  w.hidden = aligned<float>(at, kMaxRows * shape.hidden_size);
+  w.queries = aligned<float>(at, kMaxRows * query);
+  w.partial = aligned<float>(at, kMaxRows * w.partial_stride);
+  w.activation = aligned<float>(at, kMaxRows * shape.intermediate_size);
+  w.rows_out = aligned<float>(at, kMaxRows * widest);
+  w.rows_up = aligned<float>(at, kMaxRows * widest);
+  w.next = std::vector<std::atomic<int64_t>>(plan_.steps.size());
+}
+
+Executor::~Executor() = default;
+
+int64_t Executor::workspace_bytes() const {
+  int64_t total = int64_t(workspace_->shared.size);
+  for (const auto& thread : workspace_->threads)
+    total += int64_t(thread->memory.size);
+  return total;
+}
+
+namespace {
+
+// One pass of one plan, seen by one thread.
+template <typename Workspace> class Pass {
+public:
+  Pass(const plan::Plan& plan, Workspace& workspace, const TokenInputs& inputs, int thread)
+      : plan_(plan), shape_(plan.shape), w_(workspace), in_(inputs), table_(kernels()),
+        matvec_(matvec_of(table_, plan.shape.exact)), own_(*workspace.threads[thread]) {}
+
+  void run(int index) {
+    const Step& step = plan_.steps[index];
+    index_ = index;
+    is_prepared_ = false;
+    switch (step.kind) {
+    case StepKind::embed:
+      return embed(step);
+    case StepKind::norm_qkv:
+      return norm_qkv(step);
+    case StepKind::attention:
+      return attention(step);
+    case StepKind::output:
+      return residual(step);
+    case StepKind::norm_gate_up:
+      return norm_gate_up(step);
+    case StepKind::down:
+      return residual(step);
+    case StepKind::norm_head:
+      return norm_head(step);
+    case StepKind::argmax:
+      return argmax();
+    }
+  }
+
+private:
+  // Calls body(i) for this thread's share of [0, count).
+  template <typename Body> void share(int64_t count, const Body& body) {
+    for (;;) {
+      const int64_t i = w_.next[index_].fetch_add(1, std::memory_order_relaxed);
+      if (i >= count)
+        return;
+      body(i);
+    }
+  }
+
+  // Calls body(begin, end) for this thread's share of [0, size).
+  template <typename Body> void share_rows(int64_t size, const Body& body) {
+    const int64_t pieces = (size + kRowsPerPiece - 1) / kRowsPerPiece;
+    share(pieces,
+          [&](int64_t i) { body(i * kRowsPerPiece, std::min((i + 1) * kRowsPerPiece, size)); });
+  }
+
+  // ---- the input of a step's matrices, prepared once by every thread for itself: that costs about
+  // as much as a barrier and leaves the prepared rows in the thread's own cache.
+
+  void prepare_norm(const Step& step, const float* hidden) {
+    if (is_prepared_)
+      return;
+    for (int64_t m = 0; m < in_.rows; ++m)
+      inverse_rms_[m] =
+          table_.vector.norm_gamma(hidden + m * shape_.hidden_size, step.norm, shape_.hidden_size,
+                                   shape_.norm_eps, own_.input + m * shape_.hidden_size);
+    prepare(step, own_.input);
+  }
+
+  void prepare(const Step& step, const float* input) {
+    is_prepared_ = true;
+    input_ = input;
+    for (size_t s = 0; s < step.segments.size(); ++s) {
+      const auto* packed = std::get_if<PackedMatrix>(&step.segments[s].matrix);
+      if (packed == nullptr)
+        continue;
+      prepared_[s] = own_.prepared[s];
+      for (size_t earlier = 0; earlier < s; ++earlier) {
+        const auto* other = std::get_if<PackedMatrix>(&step.segments[earlier].matrix);
+        if (other != nullptr && other->bits == packed->bits &&
+            other->group_size == packed->group_size)
+          prepared_[s] = prepared_[earlier];
+      }
+      if (prepared_[s] == own_.prepared[s])
+        matvec_.prepare(*packed, input, in_.rows, prepared_[s]);
+    }
+  }
+
+  // Rows [begin, end) of a segment, into y [rows, N].
+  void multiply(const Step& step, int s, float* y, int64_t begin, int64_t end) {
+    const Segment& segment = step.segments[s];
+    if (const auto* packed = std::get_if<PackedMatrix>(&segment.matrix))
+      matvec_.run(*packed, prepared_[s], in_.rows, y, begin, end);
+    else
+      table_.vector.dense_matvec(std::get<DenseMatrix>(segment.matrix), input_, in_.rows, y, begin,
+                                 end);
+  }
+
+  // y = y * inverse rms + bias on columns [begin, end) of row m.
+  void finish(const Segment& segment, float* y, int64_t m, int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n)
+      y[n] = y[n] * inverse_rms_[m] + (segment.bias == nullptr ? 0.0f : segment.bias[n]);
+  }
+
+  // ---- steps
+
+  void embed(const Step& step) {
+    share(in_.rows, [&](int64_t m) {
+      float* out = w_.hidden + m * shape_.hidden_size;
+      const Segment& segment = step.segments[0];
+      if (const auto* packed = std::get_if<PackedMatrix>(&segment.matrix))
+        return dequantize_row(*packed, in_.ids[m], DType::f32, out);
+      const auto& dense = std::get<DenseMatrix>(segment.matrix);
+      with_type(dense.dtype, [&]<typename T>() {
+        const T* row = static_cast<const T*>(dense.weight) + in_.ids[m] * dense.in_features;
+        for (int64_t k = 0; k < dense.in_features; ++k)
+          out[k] = widen(row[k]);
+      });
+    });
+  }
+
+  // A head at a time: RoPE pairs stay together.
+  void norm_qkv(const Step& step) {
+    const int64_t dim = shape_.head_dim, heads = shape_.heads, kv_heads = shape_.kv_heads;
+    share(heads + 2 * kv_heads, [&](int64_t unit) {
+      prepare_norm(step, w_.hidden);
+      const int s = unit < heads ? 0 : unit < heads + kv_heads ? 1 : 2;
+      const int64_t head = s == 0 ? unit : (unit - heads) % kv_heads;
+      const Segment& segment = step.segments[s];
+      // Keys and values pass through scratch on their way to the cache.
+      float* y = s == 0 ? w_.queries : s == 1 ? w_.rows_out : w_.rows_up;
+      multiply(step, s, y, head * dim, (head + 1) * dim);
+      for (int64_t m = 0; m < in_.rows; ++m) {
+        float* row = y + m * segment.out_features();
+        finish(segment, row, m, head * dim, (head + 1) * dim);
+        const float* cos = in_.rope + m * 2 * dim;
+        if (s < 2)
+          table_.vector.rope(row + head * dim, cos, cos + dim, dim);
+        if (s > 0)
+          append(step.layer, s - 1, head, m, row + head * dim);
+      }
+    });
+  }
+
+  std::byte* block(int layer, int part, int64_t head, int64_t m, int64_t index) const {
+    const int64_t id = in_.block_tables[m * in_.table_stride + index];
+    const KvSlab& slab = in_.slabs[id / in_.slab_blocks];
+    const int64_t row = id % in_.slab_blocks;
+    const int64_t size = plan::kBlockPositions * shape_.head_dim * size_of(shape_.kv_dtype);
+    const int64_t blocks = (part * shape_.layers + layer) * slab.blocks + row;
+    return slab.data + (blocks * shape_.kv_heads + head) * size;
+  }
+
+  void append(int layer, int part, int64_t head, int64_t m, const float* values) {
+    const int64_t position = in_.positions[m], dim = shape_.head_dim;
+    std::byte* start = block(layer, part, head, m, position / plan::kBlockPositions);
+    with_type(shape_.kv_dtype, [&]<typename T>() {
+      T* out = reinterpret_cast<T*>(start) + position % plan::kBlockPositions * dim;
+      for (int64_t i = 0; i < dim; ++i)
+        out[i] = narrow<T>(values[i]);
+    });
+  }
+
+  int64_t positions_of(int64_t m) const { return in_.positions[m] + 1; }
+
+  struct BlockSource {
+    const Pass* pass;
+    int layer;
+    int64_t head, row;
+  };
+
+  template <int kPart> static const void* block_at(const void* context, int64_t index) {
+    const auto& source = *static_cast<const BlockSource*>(context);
+    return source.pass->block(source.layer, kPart, source.head, source.row, index);
+  }
+
+  void attention(const Step& step) {
+    const int64_t group = shape_.heads / shape_.kv_heads, dim = shape_.head_dim;
+    int64_t most = 0;
+    for (int64_t m = 0; m < in_.rows; ++m)
+      most = std::max(most, splits_of(positions_of(m)));
+    // All units of a KV head follow each other, so that threads meet different heads.
+    share(in_.rows * shape_.kv_heads * most, [&](int64_t unit) {
+      const int64_t split = unit % most, head = unit / most % shape_.kv_heads;
+      const int64_t m = unit / most / shape_.kv_heads;
+      const int64_t begin = split * kSplit, end = std::min(begin + kSplit, positions_of(m));
+      if (begin >= end)
+        return;
+      const BlockSource source{this, step.layer, head, m};
+      float* out =
+          w_.partial + m * w_.partial_stride + (split * shape_.heads + head * group) * (dim + 2);
+      table_.vector.attention_split({w_.queries + (m * shape_.heads + head * group) * dim, group,
+                                     dim, begin, end, shape_.attention_scale, shape_.kv_dtype,
+                                     &source, block_at<0>, block_at<1>, out});
+    });
+  }
+
+  void combine_heads(float* out) {
+    const int64_t dim = shape_.head_dim;
+    for (int64_t m = 0; m < in_.rows; ++m)
+      for (int64_t head = 0; head < shape_.heads; ++head)
+        table_.vector.attention_combine(w_.partial + m * w_.partial_stride + head * (dim + 2),
+                                        splits_of(positions_of(m)), shape_.heads * (dim + 2), dim,
+                                        out + (m * shape_.heads + head) * dim);
+  }
+
+  // hidden += W x + bias, for the output and the down projection.
+  void residual(const Step& step) {
+    const Segment& segment = step.segments[0];
+    share_rows(segment.out_features(), [&](int64_t begin, int64_t end) {
+      if (!is_prepared_) {
+        const float* input = w_.activation;
+        if (step.kind == StepKind::output) {
+          combine_heads(own_.input);
+          input = own_.input;
+        }
+        prepare(step, input);
+      }
+      multiply(step, 0, w_.rows_out, begin, end);
+      for (int64_t m = 0; m < in_.rows; ++m) {
+        const float* y = w_.rows_out + m * segment.out_features();
+        float* hidden = w_.hidden + m * shape_.hidden_size;
+        for (int64_t n = begin; n < end; ++n)
+          hidden[n] += y[n] + (segment.bias == nullptr ? 0.0f : segment.bias[n]);
+      }
+    });
+  }
+
+  void norm_gate_up(const Step& step) {
+    const int64_t width = shape_.intermediate_size;
+    share_rows(width, [&](int64_t begin, int64_t end) {
+      prepare_norm(step, w_.hidden);
+      multiply(step, 0, w_.activation, begin, end);
+      multiply(step, 1, w_.rows_up, begin, end);
+      for (int64_t m = 0; m < in_.rows; ++m) {
+        float *gate = w_.activation + m * width, *up = w_.rows_up + m * width;
+        finish(step.segments[0], gate, m, begin, end);
+        finish(step.segments[1], up, m, begin, end);
+        table_.vector.swiglu(gate + begin, up + begin, end - begin);
+      }
+    });
+  }
+
+  void norm_head(const Step& step) {
+    share_rows(shape_.vocab_size, [&](int64_t begin, int64_t end) {
+      prepare_norm(step, w_.hidden);
+      multiply(step, 0, in_.logits, begin, end);
+      for (int64_t m = 0; m < in_.rows; ++m)
+        finish(step.segments[0], in_.logits + m * shape_.vocab_size, m, begin, end);
+    });
+  }
+
+  void argmax() {
+    if (in_.tokens == nullptr)
+      return;
+    share(in_.rows, [&](int64_t m) {
+      const float* logits = in_.logits + m * shape_.vocab_size;
+      in_.tokens[m] = std::max_element(logits, logits + shape_.vocab_size) - logits;
+    });
+  }
+
+  template <typename F> static void with_type(DType dtype, const F& f) {
+    switch (dtype) {
+    case DType::f32:
+      return f.template operator()<float>();
+    case DType::f16:
+      return f.template operator()<Half>();
+    case DType::bf16:
+      return f.template operator()<BFloat16>();
+    }
+  }
+
+  const plan::Plan& plan_;
+  const plan::Shape& shape_;
+  Workspace& w_;
+  const TokenInputs& in_;
+  const KernelTable& table_;
+  const MatvecKernel& matvec_;
+  typename Workspace::Thread& own_;
+  int index_ = 0;
+  bool is_prepared_ = false;
+  const float* input_ = nullptr;
+  std::array<std::byte*, 3> prepared_{};
+  std::array<float, kMaxRows> inverse_rms_{};
+};
+
+} // namespace
+
+void Executor::run(const TokenInputs& inputs, int threads) {
+  std::lock_guard<std::mutex> turn(turn_);
+  workspace_->add_threads(threads);
+  for (auto& counter : workspace_->next)
+    counter.store(0, std::memory_order_relaxed);
+  struct Region {
+    Executor* self;
+    const TokenInputs* inputs;
+    Barrier barrier;
+  } region{this, &inputs, Barrier(threads)};
+  run_together(
+      threads,
+      [](void* context, int thread) {
+        auto& r = *static_cast<Region*>(context);
+        Pass pass(r.self->plan_, *r.self->workspace_, *r.inputs, thread);
+        for (int i = 0; i < int(r.self->plan_.steps.size()); ++i) {
+          if (r.self->plan_.barrier_before[i])
+            r.barrier.wait();
+          pass.run(i);
+        }
+      },
+      &region);
+}
+
+} // namespace q4metal::cpu

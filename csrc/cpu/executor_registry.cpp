@@ -1,0 +1,36 @@
+#include "executor_registry.h"
+
+#include <mutex>
+#include <unordered_map>
+
+namespace q4metal::cpu {
+namespace {
+
+std::mutex mutex;
+int64_t last_handle = 0;
+
+std::unordered_map<int64_t, std::shared_ptr<Executor>>& executors() {
+  static auto* map = new std::unordered_map<int64_t, std::shared_ptr<Executor>>; // outlives Python
+  return *map;
+}
+
+} // namespace
+
+int64_t add_executor(std::shared_ptr<Executor> executor) {
+  std::lock_guard<std::mutex> lock(mutex);
+  executors()[++last_handle] = std::move(executor);
+  return last_handle;
+}
+
+std::shared_ptr<Executor> find_executor(int64_t handle) {
+  std::lock_guard<std::mutex> lock(mutex);
+  const auto found = executors().find(handle);
+  return found == executors().end() ? nullptr : found->second;
+}
+
+void remove_executor(int64_t handle) {
+  std::lock_guard<std::mutex> lock(mutex);
+  executors().erase(handle);
+}
+
+} // namespace q4metal::cpu

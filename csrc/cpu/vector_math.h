@@ -1,0 +1,246 @@
+// Decode's arithmetic beside the matrices: norms, RoPE, SwiGLU, attention, dense matrices. Written
+// once with compiler vectors and compiled by every instruction set's file that includes it, last,
+// under that file's target. All sums have a fixed order that does not depend on the width of the
+// machine's vectors.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "float_types.h"
+#include "kernels.h"
+
+namespace q4metal::cpu {
+namespace {
+
+typedef float Vec __attribute__((vector_size(32), aligned(4)));
+typedef int32_t IntVec __attribute__((vector_size(32), aligned(4)));
+constexpr int kWidth = 8;
+
+Q4_INLINE Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+Q4_INLINE void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+Q4_INLINE Vec splat(float x) { return Vec{} + x; }
+
+Q4_INLINE float sum_of(Vec v) {
+  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+
+Q4_INLINE Vec widen8(const float* p) { return load(p); }
+
+Q4_INLINE Vec widen8(const BFloat16* p) {
+  float wide[kWidth];
+  for (int i = 0; i < kWidth; ++i)
+    wide[i] = widen(p[i]);
+  return load(wide);
+}
+
+Q4_INLINE Vec widen8(const Half* p) {
+#if defined(__F16C__)
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  float wide[kWidth];
+  for (int i = 0; i < kWidth; ++i)
+    wide[i] = widen(p[i]);
+  return load(wide);
+#endif
+}
+
+// e^x for x <= 0 or moderate x, relative error below 2e-7: 2^n times a polynomial on [-ln2/2,
+// ln2/2].
+Q4_INLINE Vec exp8(Vec x) {
+  const Vec low = splat(-87.0f), high = splat(88.0f);
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  const Vec shift = splat(12582912.0f); // 1.5 * 2^23: the sum's low bits are n
+  const Vec shifted = x * 1.44269504f + shift;
+  const Vec n = shifted - shift;
+  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f; // ln 2 in two parts
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = (p * r * r + r) + 1.0f;
+  IntVec exponent;
+  std::memcpy(&exponent, &shifted, sizeof exponent);
+  exponent = (exponent - 0x4b400000 + 127) << 23;
+  Vec power;
+  std::memcpy(&power, &exponent, sizeof power);
+  return p * power;
+}
+
+Q4_INLINE float exp1(float x) { return exp8(splat(x))[0]; }
+
+// out = gamma * x; returns 1 / rms(x). n of any size; the tail is one short vector.
+float norm_gamma(const float* x, const float* gamma, int64_t n, float eps, float* out) {
+  Vec squares[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kWidth <= n; i += 4 * kWidth)
+    for (int j = 0; j < 4; ++j) {
+      const Vec v = load(x + i + j * kWidth);
+      squares[j] += v * v;
+      store(out + i + j * kWidth, v * load(gamma + i + j * kWidth));
+    }
+  float rest = 0;
+  for (; i < n; ++i) {
+    rest += x[i] * x[i];
+    out[i] = x[i] * gamma[i];
+  }
+  const float total = sum_of((squares[0] + squares[1]) + (squares[2] + squares[3])) + rest;
+  return 1.0f / std::sqrt(total / float(n) + eps);
+}
+
+// Rotates one head in halves, i and i + dim / 2 together: x cos + (x with its halves exchanged)
+// sin. The sines come signed, negative in the first half.
+void rope(float* head, const float* cos, const float* sin, int64_t dim) {
+  const int64_t half = dim / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    const float a = head[i], b = head[i + half];
+    head[i] = a * cos[i] + b * sin[i];
+    head[i + half] = b * cos[i + half] + a * sin[i + half];
+  }
+}
+
+// gate = silu(gate) * up.
+void swiglu(float* gate, const float* up, int64_t n) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    const Vec g = load(gate + i);
+    store(gate + i, g / (1.0f + exp8(-g)) * load(up + i));
+  }
+  for (; i < n; ++i)
+    gate[i] = gate[i] / (1.0f + exp1(-gate[i])) * up[i];
+}
+
+template <typename T> float dot(const float* x, const T* w, int64_t n) {
+  Vec sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kWidth <= n; i += 4 * kWidth)
+    for (int j = 0; j < 4; ++j)
+      sums[j] += load(x + i + j * kWidth) * widen8(w + i + j * kWidth);
+  for (; i + kWidth <= n; i += kWidth)
+    sums[0] += load(x + i) * widen8(w + i);
+  float rest = 0;
+  for (; i < n; ++i)
+    rest += x[i] * widen(w[i]);
+  return sum_of((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
+}
+
+template <typename T>
+void dense_rows(const DenseMatrix& w, const float* x, int64_t rows, float* y, int64_t begin,
+                int64_t end) {
+  for (int64_t n = begin; n < end; ++n)
+    for (int64_t m = 0; m < rows; ++m)
+      y[m * w.out_features + n] =
+          dot(x + m * w.in_features, static_cast<const T*>(w.weight) + n * w.in_features,
+              w.in_features);
+}
+
+void dense_matvec(const DenseMatrix& w, const float* x, int64_t rows, float* y, int64_t begin,
+                  int64_t end) {
+  switch (w.dtype) {
+  case DType::f32:
+    return dense_rows<float>(w, x, rows, y, begin, end);
+  case DType::f16:
+    return dense_rows<Half>(w, x, rows, y, begin, end);
+  case DType::bf16:
+    return dense_rows<BFloat16>(w, x, rows, y, begin, end);
+  }
+}
+
+// One split of the context for the query heads of one KV head, in blocks: running maximum, sum and
+// weighted values, rescaled once a block. Per query head, `out` gets dim values, then maximum and
+// sum.
+template <typename T> void attend(const AttentionSplit& a) {
+  const int64_t dim = a.head_dim;
+  constexpr int kBlock = AttentionSplit::kBlockPositions;
+  for (int64_t q = 0; q < a.queries; ++q) {
+    float* out = a.out + q * (dim + 2);
+    std::fill(out, out + dim, 0.0f);
+    out[dim] = -std::numeric_limits<float>::infinity();
+    out[dim + 1] = 0.0f;
+  }
+  for (int64_t first = a.begin; first < a.end; first += kBlock) {
+    const int count = int(std::min<int64_t>(kBlock, a.end - first));
+    const auto* keys = static_cast<const T*>(a.key_block(a.context, first / kBlock));
+    const auto* values = static_cast<const T*>(a.value_block(a.context, first / kBlock));
+    for (int64_t q = 0; q < a.queries; ++q) {
+      float* out = a.out + q * (dim + 2);
+      const float* query = a.query + q * dim;
+      float scores[kBlock];
+      float largest = out[dim];
+      for (int p = 0; p < count; ++p) {
+        scores[p] = dot(query, keys + p * dim, dim) * a.scale;
+        largest = std::max(largest, scores[p]);
+      }
+      for (int p = count; p < kBlock; ++p)
+        scores[p] = -std::numeric_limits<float>::infinity();
+      const float rescale =
+          exp1(out[dim] - largest); // exp(-87), not 0, at the first block: times 0
+      Vec total = {};
+      for (int p = 0; p < kBlock; p += kWidth) {
+        const Vec e = exp8(load(scores + p) - largest);
+        store(scores + p, e);
+      }
+      for (int p = count; p < kBlock; ++p)
+        scores[p] = 0.0f;
+      for (int p = 0; p < kBlock; p += kWidth)
+        total += load(scores + p);
+      out[dim] = largest;
+      out[dim + 1] = out[dim + 1] * rescale + sum_of(total);
+      int64_t i = 0;
+      for (; i + kWidth <= dim; i += kWidth) {
+        Vec sum = load(out + i) * rescale;
+        for (int p = 0; p < count; ++p)
+          sum += widen8(values + p * dim + i) * scores[p];
+        store(out + i, sum);
+      }
+      for (; i < dim; ++i) {
+        float sum = out[i] * rescale;
+        for (int p = 0; p < count; ++p)
+          sum += widen(values[p * dim + i]) * scores[p];
+        out[i] = sum;
+      }
+    }
+  }
+}
+
+void attention_split(const AttentionSplit& a) {
+  switch (a.dtype) {
+  case DType::f32:
+    return attend<float>(a);
+  case DType::f16:
+    return attend<Half>(a);
+  case DType::bf16:
+    return attend<BFloat16>(a);
+  }
+}
+
+// Joins `splits` partial results of one head, `stride` floats apart, in their order.
+void attention_combine(const float* partial, int64_t splits, int64_t stride, int64_t dim,
+                       float* out) {
+  float largest = partial[dim];
+  for (int64_t s = 1; s < splits; ++s)
+    largest = std::max(largest, partial[s * stride + dim]);
+  std::fill(out, out + dim, 0.0f);
+  float total = 0;
+  for (int64_t s = 0; s < splits; ++s) {
+    const float* part = partial + s * stride;
+    const float factor = splits == 1 ? 1.0f : exp1(part[dim] - largest);
+    total += part[dim + 1] * factor;
+    for (int64_t i = 0; i < dim; ++i)
+      out[i] += part[i] * factor;
+  }
+  const float inverse = 1.0f / total;
+  for (int64_t i = 0; i < dim; ++i)
+    out[i] *= inverse;
+}
+
+constexpr VectorKernels vector_kernels = {
+    norm_gamma, rope, swiglu, dense_matvec, attention_split, attention_combine};
+
+} // namespace
+} // namespace q4metal::cpu

@@ -1,0 +1,186 @@
+"""The decode plan of a model: one call a token instead of some thousand.
+
+Decoding with modules costs a Python call for every operation. A plan is built once from the model's
+tensors, which stay where they are, and then computes the next logits of up to 8 rows in one operator,
+``torch.ops.q4metal.decode_step``. The modules remain the definition: tests compare the two.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence as List
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _extension, ops
+from .cache import Sequence
+from .linear import PackedModule, Q4Embedding, Q4Linear
+from .models.base import MATVEC_ROWS, CausalLM
+
+_native = _extension.load()
+_DTYPES = {
+    torch.float32: _native.DType.float32,
+    torch.float16: _native.DType.float16,
+    torch.bfloat16: _native.DType.bfloat16,
+}
+
+
+class DecodePlan:
+    """Computes the next tokens' logits of up to 8 rows of ``model``.
+
+    It refers to the model's tensors, so it needs no memory but a workspace. After weights were
+    replaced (not changed in place) it has to be built anew.
+    """
+
+    def __init__(self, model: CausalLM) -> None:
+        """Raises ValueError, naming the matrix, where shapes do not fit; see ``is_supported``."""
+        config = model.config
+        self._rope = config.rope
+        self._vocab_size = config.vocab_size
+        self._kept: list[Tensor] = []  # what the plan's addresses point into
+        decoder: Any = model.model
+        shape = _native.Shape(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            vocab_size=config.vocab_size,
+            layers=config.num_hidden_layers,
+            norm_eps=config.rms_norm_eps,
+            attention_scale=config.head_dim**-0.5,
+            kv_dtype=_DTYPES[model.kv_dtype],
+            exact=_precisions(model) == {"exact"},
+        )
+        embedding = self._segment(decoder.embed_tokens)
+        head = embedding if config.tied else self._segment(model.lm_head)
+        layers = [self._layer(block) for block in decoder.layers]
+        norm = self._floats(decoder.norm.weight)
+        self.native = _native.DecodePlan(shape, embedding, layers, norm, head, model.max_kv_size)
+
+    def describe(self) -> str:
+        """A line a step: kind, matrices, bytes, what it reads and writes, and the barriers between."""
+        return self.native.describe()
+
+    def forward(self, ids: List[List[int]], cache: List[Sequence]) -> Tensor:
+        """Logits [B, vocab_size] f32 after the last of ids [B][L], B * L at most 8 in all.
+
+        The tokens are appended to their sequences, which must be different ones. Raises
+        ContextLengthError, before anything is computed, if a sequence has no room.
+        """
+        for tokens, sequence in zip(ids, cache, strict=True):
+            sequence.reserve(len(tokens))
+        flat = torch.tensor([token for tokens in ids for token in tokens])
+        places = [range(s.length, s.length + len(tokens)) for tokens, s in zip(ids, cache)]
+        positions = torch.tensor([position for place in places for position in place])
+        rope = torch.cat([
+            torch.stack(self._rope.rows(place.start, len(place), place.stop), 1) for place in places
+        ])  # fmt: skip
+        tables = _block_tables(cache, [len(tokens) for tokens in ids])
+        logits = torch.empty(len(flat), self._vocab_size)
+        pool = cache[0].pool
+        ops.decode_step(self.native.handle, flat, positions, rope, tables, pool.slabs, logits)
+        for tokens, sequence in zip(ids, cache, strict=True):
+            sequence.append(tokens)
+        if len(flat) == len(ids):
+            return logits
+        lengths = torch.tensor([len(tokens) for tokens in ids])
+        return logits[lengths.cumsum(0) - 1]
+
+    def _layer(self, block: Any) -> Any:
+        attention, mlp = block.self_attn, block.mlp
+        return _native.Layer(
+            input_norm=self._floats(block.input_layernorm.weight),
+            q=self._segment(attention.q_proj),
+            k=self._segment(attention.k_proj),
+            v=self._segment(attention.v_proj),
+            output=self._segment(attention.o_proj),
+            post_norm=self._floats(block.post_attention_layernorm.weight),
+            gate=self._segment(mlp.gate_proj),
+            up=self._segment(mlp.up_proj),
+            down=self._segment(mlp.down_proj),
+        )
+
+    def _segment(self, layer: nn.Module) -> Any:
+        own_bias = getattr(layer, "bias", None)
+        bias = 0 if own_bias is None else self._floats(own_bias)
+        if isinstance(layer, Q4Linear | Q4Embedding):
+            dtype = torch.promote_types(layer.scales.dtype, layer.biases.dtype)
+            rows, groups = layer.scales.shape
+            return _native.packed_segment(
+                weight=self._address(layer.weight),
+                scales=self._address(layer.scales.to(dtype)),
+                biases=self._address(layer.biases.to(dtype)),
+                scales_dtype=_DTYPES[dtype],
+                out_features=rows,
+                in_features=groups * layer.group_size,
+                group_size=layer.group_size,
+                bits=layer.bits,
+                bias=bias,
+            )
+        weight: Any = layer.weight
+        return _native.dense_segment(
+            weight=self._address(weight),
+            dtype=_DTYPES[weight.dtype],
+            out_features=weight.shape[0],
+            in_features=weight.shape[1],
+            bias=bias,
+        )
+
+    def _floats(self, tensor: Tensor) -> int:
+        return self._address(tensor.float())
+
+    def _address(self, tensor: Tensor) -> int:
+        self._kept.append(tensor.detach().contiguous())
+        return self._kept[-1].data_ptr()
+
+
+def is_supported(model: CausalLM) -> bool:
+    """Whether a plan computes what the modules do: f32 activations on the CPU, one precision."""
+    return (
+        model.dtype == torch.float32
+        and len(_precisions(model)) <= 1
+        and model.model.norm.weight.device.type == "cpu"
+    )
+
+
+def _precisions(model: CausalLM) -> set[str]:
+    return {str(m.precision) for m in model.modules() if isinstance(m, PackedModule)}
+
+
+_plans: weakref.WeakKeyDictionary[CausalLM, DecodePlan] = weakref.WeakKeyDictionary()
+
+
+def plan_of(model: CausalLM) -> DecodePlan | None:
+    """The model's plan, built at the first call; None if it asks for eager decoding or needs it."""
+    if model.eager or not is_supported(model):
+        return None
+    if model not in _plans:
+        _plans[model] = DecodePlan(model)
+    return _plans[model]
+
+
+def forward(model: CausalLM, ids: List[List[int]], cache: List[Sequence]) -> Tensor:
+    """Logits [B, V] f32 after the last of ids [B][L]; the tokens are appended to the sequences.
+
+    Up to 8 tokens go through the plan, more through the modules.
+    """
+    plan = plan_of(model)
+    one_pool = len({id(sequence.pool) for sequence in cache}) == 1
+    if plan is not None and one_pool and sum(map(len, ids)) <= MATVEC_ROWS:
+        return plan.forward(ids, cache)
+    return model(torch.tensor(ids), cache, logits_to_keep=1)[:, -1]
+
+
+def _block_tables(cache: List[Sequence], counts: List[int]) -> Tensor:
+    """int32 [rows, blocks]: each row's blocks in the order of positions, zeros behind them."""
+    longest = max(len(sequence.block_table) for sequence in cache)
+    rows = [
+        sequence.block_table + [0] * (longest - len(sequence.block_table)) for sequence in cache
+    ]
+    return torch.tensor(
+        [row for row, count in zip(rows, counts, strict=True) for _ in range(count)],
+        dtype=torch.int32,
+    )

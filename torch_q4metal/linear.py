@@ -57,6 +57,7 @@ class PackedModule(nn.Module):
         finally:
             self._buffers.update(kept)
         for name, tensor in kept.items():
+            assert tensor is not None
             moved = fn(tensor)
             self._buffers[name] = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
         return self

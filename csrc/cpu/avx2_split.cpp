@@ -204,6 +204,7 @@ Q4_INLINE __m256i group_sums(const Codes& codes, const std::byte* x, int64_t g, 
   constexpr int64_t kUnit = unit_codes(kBits);
   if constexpr (kUnit > kGroup) { // a unit of 64 codes holds two groups of 32, one in each half
     __m256i v[4];
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       v[i] = _mm256_setzero_si256();
       if (!kAll && 2 * i >= count)
@@ -216,15 +217,18 @@ Q4_INLINE __m256i group_sums(const Codes& codes, const std::byte* x, int64_t g, 
     return _mm256_permutevar8x32_epi32(half_sums(v), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
   } else {
     __m256i v[8];
+#pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
       v[i] = _mm256_setzero_si256();
       if (!kAll && i >= count)
         continue;
-      for (int64_t k = (g + i) * kGroup; k < (g + i + 1) * kGroup; k += kUnit) {
+#pragma GCC unroll 4
+      for (int u = 0; u < kGroup / kUnit; ++u) {
         __m256i c[2];
+        const int64_t k = (g + i) * kGroup + u * kUnit;
         codes.unit(k, false, c);
         const __m256i sum = unit_sum<kBits>(c, x + 2 * k);
-        v[i] = k == (g + i) * kGroup ? sum : _mm256_add_epi32(v[i], sum);
+        v[i] = u == 0 ? sum : _mm256_add_epi32(v[i], sum);
       }
     }
     const __m256i first = half_sums(v), second = half_sums(v + 4);
@@ -236,13 +240,17 @@ Q4_INLINE __m256i group_sums(const Codes& codes, const std::byte* x, int64_t g, 
 // The tree of split.h: lanes 8 apart here, then 4, 2, 1.
 Q4_INLINE float tree(__m256 low, __m256 high) { return horizontal_sum(_mm256_add_ps(low, high)); }
 
-template <int kBits, int kGroup, int kRows>
-void matvec_row(const PackedMatrix& w, const std::byte* x, int64_t n, float* y) {
+// Row n of W for 1 row of x, or for several: then its codes are unpacked once, to memory in the
+// cache.
+template <int kBits, int kGroup, bool kSeveral>
+void matvec_row(const PackedMatrix& w, const std::byte* x, int64_t rows, int64_t n, float* y) {
   const PreparedRow layout(w);
   const int64_t groups = w.groups();
   const Packed<kBits> packed{w.weight + n * w.row_stride()};
-  __m256 acc[kRows][2], off[kRows][2];
-  for (int m = 0; m < kRows; ++m)
+  constexpr int kMost = kSeveral ? int(kMaxMatvecRows) : 1;
+  const int count_rows = kSeveral ? int(rows) : 1;
+  __m256 acc[kMost][2], off[kMost][2];
+  for (int m = 0; m < count_rows; ++m)
     acc[m][0] = acc[m][1] = off[m][0] = off[m][1] = _mm256_setzero_ps();
 
   const auto eight_groups = [&]<bool kAll>(int64_t g, int lane) __attribute__((always_inline)) {
@@ -251,8 +259,8 @@ void matvec_row(const PackedMatrix& w, const std::byte* x, int64_t n, float* y) 
       __builtin_prefetch(packed.row + g * kGroup * kBits / 8 + b + kPrefetchAhead);
     const __m256 scale = load_groups(w, w.scales, n * groups + g, count);
     const __m256 bias = load_groups(w, w.biases, n * groups + g, count);
-    alignas(32) std::byte expanded[kRows == 1 ? 1 : 8 * kGroup];
-    if constexpr (kRows > 1) {
+    alignas(32) std::byte expanded[kSeveral ? 8 * kGroup : 1];
+    if constexpr (kSeveral) {
       constexpr int64_t kUnit = unit_codes(kBits);
       const int64_t first = g * kGroup, last = std::min(first + 8 * kGroup, w.in_features);
       for (int64_t k = first; k < last; k += kUnit) {
@@ -261,13 +269,13 @@ void matvec_row(const PackedMatrix& w, const std::byte* x, int64_t n, float* y) 
         std::memcpy(expanded + (k - first), c, kUnit);
       }
     }
-    for (int m = 0; m < kRows; ++m) {
+    for (int m = 0; m < count_rows; ++m) {
       const std::byte* row = x + m * layout.bytes();
       __m256i t;
-      if constexpr (kRows == 1)
-        t = group_sums<kBits, kGroup, kAll>(packed, row, g, count);
-      else
+      if constexpr (kSeveral)
         t = group_sums<kBits, kGroup, kAll>(Expanded<kBits>{expanded, g * kGroup}, row, g, count);
+      else
+        t = group_sums<kBits, kGroup, kAll>(packed, row, g, count);
       const __m256 factor = _mm256_mul_ps(scale, _mm256_load_ps(layout.scales(row) + g));
       acc[m][lane] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(t), factor, acc[m][lane]);
       off[m][lane] = _mm256_fmadd_ps(bias, _mm256_load_ps(layout.sums(row) + g), off[m][lane]);
@@ -278,41 +286,23 @@ void matvec_row(const PackedMatrix& w, const std::byte* x, int64_t n, float* y) 
     eight_groups.template operator()<true>(g, 0);
     eight_groups.template operator()<true>(g + 8, 1);
   }
-  for (int lane = 0; g < groups; g += 8, ++lane) {
-    if (g + 8 <= groups)
-      eight_groups.template operator()<true>(g, lane);
-    else
-      eight_groups.template operator()<false>(g, lane);
+  if (g + 8 <= groups) {
+    eight_groups.template operator()<true>(g, 0);
+    if (g + 8 < groups)
+      eight_groups.template operator()<false>(g + 8, 1);
+  } else if (g < groups) {
+    eight_groups.template operator()<false>(g, 0);
   }
-  for (int m = 0; m < kRows; ++m)
+  for (int m = 0; m < count_rows; ++m)
     y[m * w.out_features + n] = tree(acc[m][0], acc[m][1]) + tree(off[m][0], off[m][1]);
-}
-
-template <int kBits, int kGroup>
-void matvec_range(const PackedMatrix& w, const std::byte* x, int64_t rows, float* y, int64_t begin,
-                  int64_t end) {
-  const int64_t stride = PreparedRow(w).bytes();
-  for (int64_t n = begin; n < end; ++n)
-    for (int64_t m = 0; m < rows;) {
-      const std::byte* at = x + m * stride;
-      float* out = y + m * w.out_features;
-      if (rows - m >= 4) {
-        matvec_row<kBits, kGroup, 4>(w, at, n, out);
-        m += 4;
-      } else if (rows - m >= 2) {
-        matvec_row<kBits, kGroup, 2>(w, at, n, out);
-        m += 2;
-      } else {
-        matvec_row<kBits, kGroup, 1>(w, at, n, out);
-        m += 1;
-      }
-    }
 }
 
 void matvec(const PackedMatrix& w, const std::byte* prepared, int64_t rows, float* y, int64_t begin,
             int64_t end) {
   for_format(w, [&]<int kBits, int kGroup>() {
-    matvec_range<kBits, kGroup>(w, prepared, rows, y, begin, end);
+    for (int64_t n = begin; n < end; ++n)
+      rows == 1 ? matvec_row<kBits, kGroup, false>(w, prepared, rows, n, y)
+                : matvec_row<kBits, kGroup, true>(w, prepared, rows, n, y);
   });
 }
 

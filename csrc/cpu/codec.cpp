@@ -58,13 +58,13 @@ void quantize_values(const T* values, int64_t in_features, int group_size, int b
 // Rounds to S after the product and after the sum where the output has the scales' type.
 template <typename S, typename T, bool kOwnType>
 void dequantize_values(const PackedMatrix& w, int64_t row, T* out) {
-  const S* scales = static_cast<const S*>(w.scales) + row * w.groups();
-  const S* biases = static_cast<const S*>(w.biases) + row * w.groups();
   const uint8_t* packed = w.weight + row * w.row_stride();
   float codes[kCodesPerRun];
   for (int64_t k = 0; k < w.in_features; k += kCodesPerRun) {
     unpack_run(packed, w.bits, k, codes);
-    const float scale = widen(scales[k / w.group_size]), bias = widen(biases[k / w.group_size]);
+    const int64_t group = row * w.groups() + k / w.group_size;
+    const float scale = widen_at(w.scales, w.scales_dtype, group);
+    const float bias = widen_at(w.biases, w.scales_dtype, group);
     for (int i = 0; i < kCodesPerRun; ++i) {
       const float product = codes[i] * scale;
       out[k + i] = narrow<T>((kOwnType ? rounded<S>(product) : product) + bias);

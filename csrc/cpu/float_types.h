@@ -3,6 +3,7 @@
 #pragma once
 
 #include <bit>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -31,17 +32,18 @@ inline float widen(Half value) {
   return std::bit_cast<float>(sign | (magnitude >= 0x7c00 ? special : finite));
 }
 
-// Element `index` of an array of any float type.
+// Element `index` of an array of any float type. The array may begin at any address: in files that MLX
+// wrote, three of four packed tensors are not aligned to their elements.
 inline float widen_at(const void* values, DType dtype, int64_t index) {
-  switch (dtype) {
-  case DType::f16:
-    return widen(static_cast<const Half*>(values)[index]);
-  case DType::bf16:
-    return widen(static_cast<const BFloat16*>(values)[index]);
-  case DType::f32:
-    break;
+  const auto* at = static_cast<const std::byte*>(values) + index * size_of(dtype);
+  if (dtype == DType::f32) {
+    float value;
+    std::memcpy(&value, at, sizeof value);
+    return value;
   }
-  return static_cast<const float*>(values)[index];
+  uint16_t bits;
+  std::memcpy(&bits, at, sizeof bits);
+  return dtype == DType::f16 ? widen(Half{bits}) : widen(BFloat16{bits});
 }
 
 template <typename T> T narrow(float value);

@@ -17,6 +17,9 @@
 #pragma GCC target("avx2,fma,f16c,bmi2")
 #endif
 
+// Lets vector_math.h use instructions that the compiler does not find by itself.
+#define Q4_AVX2 1
+
 namespace q4metal::cpu {
 
 extern const MatvecKernel avx2_split_matvec;

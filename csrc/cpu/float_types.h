@@ -32,8 +32,8 @@ inline float widen(Half value) {
   return std::bit_cast<float>(sign | (magnitude >= 0x7c00 ? special : finite));
 }
 
-// Element `index` of an array of any float type. The array may begin at any address: in files that MLX
-// wrote, three of four packed tensors are not aligned to their elements.
+// Element `index` of an array of any float type. The array may begin at any address: in files that
+// MLX wrote, three of four packed tensors are not aligned to their elements.
 inline float widen_at(const void* values, DType dtype, int64_t index) {
   const auto* at = static_cast<const std::byte*>(values) + index * size_of(dtype);
   if (dtype == DType::f32) {

@@ -42,7 +42,8 @@ struct AttentionSplit {
   const void* context;
   const void* (*key_block)(const void* context, int64_t block); // [32, head_dim] of this KV head
   const void* (*value_block)(const void* context, int64_t block);
-  float* out; // [queries, head_dim + 2]: weighted values, maximum, sum
+  float* out;     // [queries, head_dim + 2]: weighted values, maximum, sum
+  float* scratch; // [2, 32, head_dim]
 };
 
 // What decoding computes beside packed matrices (vector_math.h), float32.

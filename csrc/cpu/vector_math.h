@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "float_types.h"
 #include "kernels.h"
@@ -27,18 +28,31 @@ Q4_INLINE float sum_of(Vec v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 
+// a * b + c; the project compiles with -ffp-contract=off, so fusing has to be asked for.
+Q4_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
+#if defined(Q4_AVX2)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
 Q4_INLINE Vec widen8(const float* p) { return load(p); }
 
 Q4_INLINE Vec widen8(const BFloat16* p) {
+#if defined(Q4_AVX2)
+  return (Vec)load8(p, DType::bf16);
+#else
   float wide[kWidth];
   for (int i = 0; i < kWidth; ++i)
     wide[i] = widen(p[i]);
   return load(wide);
+#endif
 }
 
 Q4_INLINE Vec widen8(const Half* p) {
-#if defined(__F16C__)
-  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#if defined(Q4_AVX2)
+  return (Vec)load8(p, DType::f16);
 #else
   float wide[kWidth];
   for (int i = 0; i < kWidth; ++i)
@@ -115,14 +129,14 @@ void swiglu(float* gate, const float* up, int64_t n) {
     gate[i] = gate[i] / (1.0f + exp1(-gate[i])) * up[i];
 }
 
-template <typename T> float dot(const float* x, const T* w, int64_t n) {
+template <typename T> Q4_INLINE float dot(const float* x, const T* w, int64_t n) {
   Vec sums[4] = {};
   int64_t i = 0;
   for (; i + 4 * kWidth <= n; i += 4 * kWidth)
     for (int j = 0; j < 4; ++j)
-      sums[j] += load(x + i + j * kWidth) * widen8(w + i + j * kWidth);
+      sums[j] = multiply_add(load(x + i + j * kWidth), widen8(w + i + j * kWidth), sums[j]);
   for (; i + kWidth <= n; i += kWidth)
-    sums[0] += load(x + i) * widen8(w + i);
+    sums[0] = multiply_add(load(x + i), widen8(w + i), sums[0]);
   float rest = 0;
   for (; i < n; ++i)
     rest += x[i] * widen(w[i]);
@@ -151,12 +165,27 @@ void dense_matvec(const DenseMatrix& w, const float* x, int64_t rows, float* y, 
   }
 }
 
+// `count` values in float32: in place if they are, else in `scratch`.
+template <typename T> const float* widened(const T* values, int64_t count, float* scratch) {
+  if constexpr (std::is_same_v<T, float>) {
+    return values;
+  } else {
+    int64_t i = 0;
+    for (; i + kWidth <= count; i += kWidth)
+      store(scratch + i, widen8(values + i));
+    for (; i < count; ++i)
+      scratch[i] = widen(values[i]);
+    return scratch;
+  }
+}
+
 // One split of the context for the query heads of one KV head, in blocks: running maximum, sum and
 // weighted values, rescaled once a block. Per query head, `out` gets dim values, then maximum and
-// sum.
+// sum. A block is widened once for all query heads.
 template <typename T> void attend(const AttentionSplit& a) {
   const int64_t dim = a.head_dim;
   constexpr int kBlock = AttentionSplit::kBlockPositions;
+  float* scratch = a.scratch;
   for (int64_t q = 0; q < a.queries; ++q) {
     float* out = a.out + q * (dim + 2);
     std::fill(out, out + dim, 0.0f);
@@ -165,8 +194,10 @@ template <typename T> void attend(const AttentionSplit& a) {
   }
   for (int64_t first = a.begin; first < a.end; first += kBlock) {
     const int count = int(std::min<int64_t>(kBlock, a.end - first));
-    const auto* keys = static_cast<const T*>(a.key_block(a.context, first / kBlock));
-    const auto* values = static_cast<const T*>(a.value_block(a.context, first / kBlock));
+    const float* keys = widened(static_cast<const T*>(a.key_block(a.context, first / kBlock)),
+                                count * dim, scratch);
+    const float* values = widened(static_cast<const T*>(a.value_block(a.context, first / kBlock)),
+                                  count * dim, scratch + kBlock * dim);
     for (int64_t q = 0; q < a.queries; ++q) {
       float* out = a.out + q * (dim + 2);
       const float* query = a.query + q * dim;
@@ -178,30 +209,34 @@ template <typename T> void attend(const AttentionSplit& a) {
       }
       for (int p = count; p < kBlock; ++p)
         scores[p] = -std::numeric_limits<float>::infinity();
-      const float rescale =
-          exp1(out[dim] - largest); // exp(-87), not 0, at the first block: times 0
-      Vec total = {};
-      for (int p = 0; p < kBlock; p += kWidth) {
-        const Vec e = exp8(load(scores + p) - largest);
-        store(scores + p, e);
-      }
+      // Where nothing came before, e^-87 instead of 0: it meets zeros only.
+      const float rescale = exp1(out[dim] - largest);
+      for (int p = 0; p < kBlock; p += kWidth)
+        store(scores + p, exp8(load(scores + p) - largest));
       for (int p = count; p < kBlock; ++p)
         scores[p] = 0.0f;
+      Vec total = {};
       for (int p = 0; p < kBlock; p += kWidth)
         total += load(scores + p);
       out[dim] = largest;
       out[dim + 1] = out[dim + 1] * rescale + sum_of(total);
       int64_t i = 0;
-      for (; i + kWidth <= dim; i += kWidth) {
-        Vec sum = load(out + i) * rescale;
+      for (; i + 4 * kWidth <= dim;
+           i += 4 * kWidth) { // four chains hide the latency of the additions
+        Vec sums[4];
+        for (int j = 0; j < 4; ++j)
+          sums[j] = load(out + i + j * kWidth) * rescale;
         for (int p = 0; p < count; ++p)
-          sum += widen8(values + p * dim + i) * scores[p];
-        store(out + i, sum);
+          for (int j = 0; j < 4; ++j)
+            sums[j] =
+                multiply_add(load(values + p * dim + i + j * kWidth), splat(scores[p]), sums[j]);
+        for (int j = 0; j < 4; ++j)
+          store(out + i + j * kWidth, sums[j]);
       }
       for (; i < dim; ++i) {
         float sum = out[i] * rescale;
         for (int p = 0; p < count; ++p)
-          sum += widen(values[p * dim + i]) * scores[p];
+          sum += values[p * dim + i] * scores[p];
         out[i] = sum;
       }
     }

@@ -42,7 +42,8 @@ MODELS = {
         }
     },
 }
-# Relative to the largest logit. Fast rounds activations to 16 bits before and after norms are applied.
+# Relative to the largest logit. Fast rounds activations to 16 bits, here before the norm is applied
+# and in the modules after it.
 BOUND = {"exact": 1e-5, "fast": 2e-3}
 
 
@@ -228,7 +229,7 @@ def test_describe_lists_steps_bytes_and_barriers(tmp_path):
 
 
 def test_generation_uses_the_plan_and_eager_does_not(tmp_path):
-    from torch_q4metal.generate import generate_step
+    from torch_q4metal.generation import generate_step
 
     model = load(tmp_path)
     prompt = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ def test_import_error_is_one_sentence(tmp_path, stamp, sentence):
     shutil.copytree(
         PACKAGE, copy, ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
     )
+    (copy / f"_C{EXTENSION_SUFFIXES[0]}").write_bytes(b"not a library")
     if stamp is not None:
         (copy / "_build.json").write_text(json.dumps(stamp))
     result = subprocess.run(

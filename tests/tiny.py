@@ -7,6 +7,7 @@ Written with PyTorch and safetensors only, so that it also runs where MLX does n
 the weights that the packed tensors stand for: what another implementation is given for comparison.
 """
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -262,6 +263,7 @@ def write_tokenizer(path: Path) -> None:
     write_json(path / "tokenizer_config.json", settings)
 
 
+@functools.cache
 def _byte_symbol(byte: int) -> str:
     """The printable character that byte-level BPE writes for a byte."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .errors import Q4MetalError
-    from .generate import generate, generate_batch, generate_step, load, stream_generate
+    from .generation import generate, generate_batch, generate_step, load, stream_generate
     from .linear import Q4Embedding, Q4Linear, replace_linears
     from .models import load_model
     from .packed import load_packed
@@ -25,14 +25,14 @@ _HOME = {
     "Q4Linear": "linear",
     "Q4MetalError": "errors",
     "SamplingParams": "sampling",
-    "generate": "generate",
-    "generate_batch": "generate",
-    "generate_step": "generate",
-    "load": "generate",
+    "generate": "generation",
+    "generate_batch": "generation",
+    "generate_step": "generation",
+    "load": "generation",
     "load_model": "models",
     "load_packed": "packed",
     "replace_linears": "linear",
-    "stream_generate": "generate",
+    "stream_generate": "generation",
 }
 
 __all__ = [
@@ -56,7 +56,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value  # a submodule of the same name (generate) must not hide the function
+    globals()[name] = value  # no second look-up
     return value
 
 

@@ -46,12 +46,13 @@ class Result:
     kernels: str
     dtype: str
     precision: str
+    eager: bool
     torch: str
     version: str
 
 
 def weight_bytes_per_token(model: "CausalLM") -> int:
-    """Bytes of weights that one token reads: all of them, but only one row of an untied embedding."""
+    """Bytes of weights that one token reads: all, but only one row of an untied embedding."""
     checkpoint = model.checkpoint
     assert checkpoint is not None
     total = checkpoint.weight_bytes
@@ -72,7 +73,7 @@ def read_probe_gb_s(threads: int) -> float:
 
 def _run_once(model: "CausalLM", prompt: list[int], tokens: int) -> tuple[float, float]:
     """(seconds to the first token, seconds of the tokens after it)."""
-    from .generate import generate_step
+    from .generation import generate_step
 
     begin = time.perf_counter()
     steps = generate_step(prompt, model, max_tokens=tokens)
@@ -90,10 +91,11 @@ def measure(
     repeats: int,
     precision: str | None,
     import_rss: int,
+    eager: bool = False,
     revision: str | None = None,
     offline: bool = False,
 ) -> Result:
-    """Loads the model and measures it. Raises what ``load_model`` raises, and ContextLengthError."""
+    """Loads the model and measures it. Raises what ``load_model`` raises."""
     import torch
 
     from . import __version__, ops
@@ -108,6 +110,7 @@ def measure(
         precision=precision,
         max_kv_size=prompt_tokens + generation_tokens,
     )
+    model.eager = eager
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.vocab_size
     prompt = torch.randint(vocabulary, (prompt_tokens,), generator=generator).tolist()
@@ -141,6 +144,7 @@ def measure(
         kernels=ops.cpu_kernels(),
         dtype=str(model.dtype).removeprefix("torch."),
         precision=precision or "fast",  # what load_model takes for None
+        eager=eager,
         torch=torch.__version__,
         version=__version__,
     )
@@ -187,6 +191,9 @@ def main(
     precision: Annotated[
         str | None, typer.Option("--precision", help="fast (default) or exact")
     ] = None,
+    eager: Annotated[
+        bool, typer.Option("--eager", help="decode with the modules, not with the decode plan")
+    ] = False,
     revision: Annotated[str | None, typer.Option("--revision", help="branch, tag, commit")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="never ask the hub")] = False,
     as_json: Annotated[
@@ -214,6 +221,7 @@ def main(
             repeats,
             precision,
             import_rss,
+            eager,
             revision,
             offline,
         )

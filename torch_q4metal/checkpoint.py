@@ -110,10 +110,10 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         """The tensor's mapped bytes with the file's dtype, on the CPU; uint32 comes as int32.
 
-        Nothing is copied, except a dense tensor that does not begin at a multiple of its item size,
-        which is read. (MLX does not pad headers, so that happens in three of four files; the kernels
-        take packed tensors at any address.) Each tensor has a storage of its own: pickling one does
-        not drag the file along.
+        Nothing is copied, except a dense tensor that does not begin at a multiple of its item
+        size, which is read. (MLX does not pad headers, so that happens in three of four files; the
+        kernels take packed tensors at any address.) Each tensor has a storage of its own: pickling
+        one does not drag the file along.
         """
         info = self.info(name)
         # uint32 tensors can neither be shifted nor pickled: the same bits as int32 can.

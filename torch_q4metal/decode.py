@@ -1,8 +1,8 @@
 """The decode plan of a model: one call a token instead of some thousand.
 
-Decoding with modules costs a Python call for every operation. A plan is built once from the model's
-tensors, which stay where they are, and then computes the next logits of up to 8 rows in one operator,
-``torch.ops.q4metal.decode_step``. The modules remain the definition: tests compare the two.
+Decoding with modules costs a Python call for every operation. A plan is built once from the
+model's tensors, which stay where they are, and then computes the next logits of up to 8 rows in one
+operator, ``torch.ops.q4metal.decode_step``. The modules remain the definition: tests compare them.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class DecodePlan:
         self.native = _native.DecodePlan(shape, embedding, layers, norm, head, model.max_kv_size)
 
     def describe(self) -> str:
-        """A line a step: kind, matrices, bytes, what it reads and writes, and the barriers between."""
+        """A line a step: kind, matrices, bytes, buffers read and written; and the barriers."""
         return self.native.describe()
 
     def forward(self, ids: List[List[int]], cache: List[Sequence]) -> Tensor:

@@ -20,10 +20,18 @@ from .errors import Q4MetalError
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 _PACKAGES = (
-    "torch_q4metal torch safetensors huggingface_hub tokenizers jinja2 numpy gguf typer"
-).split()
-_HUB_VARIABLES = "HF_HOME HF_HUB_CACHE HF_ENDPOINT HF_HUB_OFFLINE HF_TOKEN".split()
-_THREAD_VARIABLES = "OMP_NUM_THREADS MKL_NUM_THREADS".split()
+    "torch_q4metal",
+    "torch",
+    "safetensors",
+    "huggingface_hub",
+    "tokenizers",
+    "jinja2",
+    "numpy",
+    "gguf",
+    "typer",
+)
+_HUB_VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN")
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY")
 _SECRET = "HF_TOKEN"
 
 

@@ -1,0 +1,141 @@
+"""Sampling: settings, their order, and what seeds promise."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sentence import assert_one_sentence
+
+from torch_q4metal.errors import Q4MetalError
+from torch_q4metal.sampling import (
+    SamplingParams,
+    apply_min_p,
+    apply_top_k,
+    apply_top_p,
+    greedy,
+    make_logits_processors,
+    make_sampler,
+)
+
+
+def logprobs_of(*probabilities):
+    return torch.tensor(probabilities).log()
+
+
+def kept(logprobs):
+    return {i for i, value in enumerate(logprobs.tolist()) if value > -math.inf}
+
+
+def drawn(sampler, logprobs, times=300):
+    return [sampler(logprobs) for _ in range(times)]
+
+
+def test_default_is_greedy_and_takes_the_first_of_equals():
+    assert SamplingParams().sampler() is greedy
+    assert make_sampler() is greedy
+    assert greedy(logprobs_of(0.1, 0.4, 0.4, 0.1)) == 1
+    assert SamplingParams().logits_processors() == []
+
+
+def test_filters_are_of_untempered_probabilities():
+    """At temperature 5 the distribution is almost flat: a tempered top-p would keep all four."""
+    logprobs = logprobs_of(0.7, 0.2, 0.06, 0.04)
+    assert set(drawn(make_sampler(5.0, 0.85), logprobs)) == {0, 1}
+    assert set(drawn(make_sampler(5.0, min_p=0.08), logprobs)) == {0, 1, 2}
+    assert set(drawn(make_sampler(5.0, top_k=3), logprobs)) == {0, 1, 2}
+    assert set(drawn(make_sampler(5.0), logprobs)) == {0, 1, 2, 3}
+
+
+def test_top_p_comes_before_top_k():
+    """top_k first, renormalised, would make 0.6 of the mass out of token 0 alone."""
+    logprobs = logprobs_of(0.4, 0.25, 0.2, 0.15)
+    assert set(drawn(make_sampler(1.0, 0.6, top_k=3), logprobs)) == {0, 1}
+    assert set(drawn(make_sampler(1.0, 0.7, top_k=2), logprobs)) == {0, 1}
+
+
+def test_temperature_is_a_power_of_the_probabilities():
+    logprobs = logprobs_of(0.5, 0.3, 0.2)
+    for temperature in (0.5, 1.0, 2.0):
+        expected = logprobs.exp() ** (1 / temperature)
+        expected /= expected.sum()
+        sampler = SamplingParams(temperature=temperature, seed=1).sampler()
+        counts = torch.tensor(drawn(sampler, logprobs, 4000)).bincount(minlength=3) / 4000
+        torch.testing.assert_close(counts, expected, rtol=0, atol=0.03)
+
+
+def test_seeds():
+    logprobs = torch.log_softmax(torch.randn(1000), -1)
+    params = SamplingParams(temperature=1.0, seed=7)
+    assert drawn(params.sampler(), logprobs) == drawn(params.sampler(), logprobs)
+    other = SamplingParams(temperature=1.0, seed=8)
+    assert drawn(params.sampler(), logprobs) != drawn(other.sampler(), logprobs)
+    free = SamplingParams(temperature=1.0)
+    assert drawn(free.sampler(), logprobs) != drawn(free.sampler(), logprobs)
+    state = torch.get_rng_state()
+    drawn(params.sampler(), logprobs, 3)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@given(
+    logits=st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=40),
+    top_p=st.floats(0.001, 0.999),
+)
+def test_the_nucleus_is_the_smallest_that_reaches_top_p(logits, top_p):
+    logprobs = torch.log_softmax(torch.tensor(logits), -1)
+    result = apply_top_p(logprobs, top_p)
+    stays = kept(result)
+    assert stays
+    assert all(float(result[i]) == float(logprobs[i]) for i in stays)
+    lowest = min(float(logprobs[i]) for i in stays)
+    assert stays == {i for i, value in enumerate(logprobs.tolist()) if value >= lowest}
+    mass = logprobs.double().exp()
+    above = float(mass[logprobs > lowest].sum() / mass.sum())
+    assert above < top_p + 1e-5
+    assert float(mass[logprobs >= lowest].sum() / mass.sum()) >= top_p - 1e-5
+
+
+def test_a_nucleus_beyond_the_first_guess_is_found():
+    logprobs = torch.log_softmax(torch.randn(5000) * 0.01, -1)
+    assert 4400 < len(kept(apply_top_p(logprobs, 0.9))) < 4600
+
+
+def test_min_p_and_top_k():
+    logprobs = logprobs_of(0.5, 0.26, 0.24)
+    assert kept(apply_min_p(logprobs, 0.5)) == {0, 1}
+    assert kept(apply_min_p(logprobs, 1.0)) == {0}
+    assert kept(apply_top_k(logprobs, 1)) == {0}
+    assert kept(apply_top_k(logprobs, 2)) == {0, 1}
+    assert torch.equal(apply_top_k(logprobs, 3), logprobs)
+    assert torch.equal(apply_top_k(logprobs, 50), logprobs)
+
+
+def test_repetition_penalty_divides_or_multiplies_once():
+    (penalize,) = make_logits_processors(2.0, 3)
+    logits = torch.tensor([4.0, -4.0, 4.0, 4.0])
+    assert penalize([0, 1, 1, 2], logits).tolist() == [4.0, -8.0, 2.0, 4.0]
+    assert penalize([], logits) is logits
+    for penalty in (None, 0, 1, 1.0):
+        assert make_logits_processors(penalty) == []
+    assert make_logits_processors(2.0, 0) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("temperature", -0.1, ["-0.1", "at least 0"]),
+        ("temperature", math.nan, ["nan"]),
+        ("temperature", math.inf, ["inf"]),
+        ("top_p", 1.5, ["1.5", "between 0 and 1"]),
+        ("min_p", -1, ["-1", "between 0 and 1"]),
+        ("top_k", -5, ["-5", "at least 0"]),
+        ("repetition_penalty", 0.0, ["0.0", "above 0"]),
+        ("repetition_penalty", math.nan, ["nan"]),
+        ("repetition_context_size", -1, ["-1"]),
+    ],
+)
+def test_values_that_make_no_sense_are_named(name, value, words):
+    with pytest.raises(Q4MetalError) as error:
+        SamplingParams(**{name: value})
+    assert_one_sentence(error.value, name, *words)

@@ -1,0 +1,344 @@
+"""Text from a model: token by token, streamed, whole, or several at once. Names as in mlx-lm.
+
+Every function works on a ``cache.Sequence``. One that is passed in is kept by the caller between
+turns: only what it does not hold of the prompt is computed. A generator may be closed, or hit by
+KeyboardInterrupt, at any time: the sequence then holds whole passes, with their tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import cache as kv
+from . import decode
+from .errors import ContextLengthError, Q4MetalError
+from .machine import peak_rss
+from .models.base import MATVEC_ROWS, CausalLM
+from .models.loading import load_model
+from .sampling import LogitsProcessor, Sampler, SamplingParams, greedy
+from .stop_strings import StopStrings
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class GenerationResponse:
+    """One token's worth of text.
+
+    text               newly readable text; empty while characters or stop strings are incomplete
+    token              the token that was drawn
+    logprobs           [V] f32, of all tokens at this place
+    finish_reason      None, or in the last response "stop" (end token, stop string) or "length"
+    prompt_tokens      tokens of the prompt, of which ``cached_tokens`` were in the cache already
+    prompt_tps         computed prompt tokens a second, up to the first token
+    generation_tokens  tokens drawn so far, this one included
+    generation_tps     tokens a second since the first token; 0 at the first
+    peak_memory        largest resident size of the process so far, in bytes
+    """
+
+    text: str
+    token: int
+    logprobs: Tensor
+    finish_reason: str | None
+    prompt_tokens: int
+    cached_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory: int
+
+
+def load(
+    path_or_id: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    precision: str | None = None,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    max_kv_size: int | None = None,
+    force: bool = False,
+) -> tuple[CausalLM, Tokenizer]:
+    """(model, tokenizer) of a directory or a Hugging Face id; see ``load_model`` for the options.
+
+    ``revision`` and ``offline`` are for an id. Raises HubError, TokenizerError and what
+    ``load_model`` raises.
+    """
+    from .hub import resolve_model
+    from .tokenizer import Tokenizer
+
+    path = resolve_model(str(path_or_id), revision=revision, offline=offline)
+    tokenizer = Tokenizer.from_dir(path)
+    model = load_model(path, dtype, device, precision, max_kv_size=max_kv_size, force=force)
+    return model, tokenizer
+
+
+def generate_step(
+    prompt: Sequence[int] | Tensor,
+    model: CausalLM,
+    *,
+    max_tokens: int = 256,
+    sampler: Sampler | None = None,
+    logits_processors: Iterable[LogitsProcessor] = (),
+    cache: kv.Sequence | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """Yields (token, log-probabilities [V] f32) until ``max_tokens`` (-1: no limit) or the context
+    is full. End tokens do not stop it.
+
+    ``cache`` ends up with the prompt and all tokens but the last. Raises ContextLengthError before
+    anything is computed if the prompt is longer than the context.
+    """
+    row = _Row(model, _token_list(prompt), max_tokens, sampler, logits_processors, cache)
+    row.prefill()
+    while True:
+        yield row.draw()
+        if row.done:
+            return
+        row.logits = _forward(model, [row.tokens[-1:]], [row.cache])[0]
+
+
+def stream_generate(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[int],
+    max_tokens: int = 256,
+    *,
+    sampling: SamplingParams | None = None,
+    stop: str | Iterable[str] = (),
+    cache: kv.Sequence | None = None,
+    extra_eos_token_ids: Iterable[int] = (),
+) -> Iterator[GenerationResponse]:
+    """Yields one response a token; the texts together are the answer, without any stop string.
+
+    ``prompt``: text, or token ids (of a rendered chat, say). The end tokens are those of
+    the config, the generation config and the tokenizer, and the extra ones.
+    """
+    sampling = sampling or SamplingParams()
+    begin = time.perf_counter()
+    row = _Row(
+        model, _encode(tokenizer, prompt), max_tokens,
+        sampling.sampler(), sampling.logits_processors(), cache,
+    )  # fmt: skip
+    prompt_tokens = len(row.tokens)
+    cached_tokens = row.prefill()
+    answer = _Answer(tokenizer, end_tokens(model, tokenizer, extra_eos_token_ids), stop)
+    first = 0.0
+    while True:
+        token, logprobs = row.draw()
+        text, finish_reason = answer.add(token, last=row.done)
+        now = time.perf_counter()
+        first = first or now
+        yield GenerationResponse(
+            text=text,
+            token=token,
+            logprobs=logprobs,
+            finish_reason=finish_reason,
+            prompt_tokens=prompt_tokens,
+            cached_tokens=cached_tokens,
+            prompt_tps=(prompt_tokens - cached_tokens) / (first - begin),
+            generation_tokens=row.drawn,
+            generation_tps=(row.drawn - 1) / (now - first) if now > first else 0.0,
+            peak_memory=peak_rss(),
+        )
+        if finish_reason is not None:
+            return
+        row.logits = _forward(model, [[token]], [row.cache])[0]
+
+
+def generate(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[int],
+    max_tokens: int = 256,
+    **options: Any,
+) -> str:
+    """The whole answer; options as for ``stream_generate``."""
+    responses = stream_generate(model, tokenizer, prompt, max_tokens, **options)
+    return "".join(response.text for response in responses)
+
+
+def generate_batch(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    prompts: Iterable[str | Sequence[int]],
+    max_tokens: int = 256,
+    *,
+    sampling: SamplingParams | None = None,
+    stop: str | Iterable[str] = (),
+    extra_eos_token_ids: Iterable[int] = (),
+) -> list[str]:
+    """The answers to several prompts, each the same as ``generate`` gives it, a seed included.
+
+    Up to 8 are decoded together, for which weights are read once; one ends, the next one starts.
+    """
+    sampling = sampling or SamplingParams()
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    ends = end_tokens(model, tokenizer, extra_eos_token_ids)
+    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
+    texts = [""] * len(encoded)
+    if not encoded:
+        return texts
+    pool = _batch_pool(model, encoded, max_tokens)
+    # Made before anything is computed: a prompt that is too long is told at once.
+    waiting = [
+        (
+            index,
+            _Row(
+                model, tokens, max_tokens, sampling.sampler(), sampling.logits_processors(),
+                kv.Sequence(pool),
+            ),
+            _Answer(tokenizer, ends, stops),
+        )
+        for index, tokens in enumerate(encoded)
+    ]  # fmt: skip
+    waiting.reverse()
+    active: list[tuple[int, _Row, _Answer]] = []
+    while waiting or active:
+        while waiting and len(active) < MATVEC_ROWS:
+            active.append(waiting.pop())
+            active[-1][1].prefill()
+        for index, row, answer in list(active):
+            token, _ = row.draw()
+            text, finish_reason = answer.add(token, last=row.done)
+            texts[index] += text
+            if finish_reason is not None:
+                row.cache.free()
+                active = [entry for entry in active if entry[1] is not row]
+        if active:
+            rows = [row for _, row, _ in active]
+            logits = _forward(model, [row.tokens[-1:] for row in rows], [row.cache for row in rows])
+            for row, row_logits in zip(rows, logits, strict=True):
+                row.logits = row_logits
+    return texts
+
+
+def end_tokens(model: CausalLM, tokenizer: Tokenizer, extra: Iterable[int] = ()) -> frozenset[int]:
+    """Ids that end an answer: those of both config files, of the tokenizer, and ``extra``."""
+    config = model.checkpoint.config.eos_token_ids if model.checkpoint is not None else ()
+    return frozenset((*config, *tokenizer.eos_token_ids, *extra))
+
+
+class _Row:
+    """One text under way: its tokens, cache, sampler, and the logits for its next token."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        prompt: list[int],
+        max_tokens: int,
+        sampler: Sampler | None,
+        logits_processors: Iterable[LogitsProcessor],
+        cache: kv.Sequence | None,
+    ) -> None:
+        if not prompt:
+            raise Q4MetalError("the prompt has no tokens; give it at least one.")
+        if max_tokens == 0 or max_tokens < -1:
+            raise Q4MetalError(f"max_tokens is {max_tokens}, but must be above 0, or -1: no limit.")
+        if len(prompt) > model.max_kv_size:
+            raise ContextLengthError(
+                f"the prompt has {len(prompt)} tokens, but the context holds {model.max_kv_size}; "
+                "shorten it or load the model with a larger max_kv_size."
+            )
+        if cache is None:
+            longest = model.max_kv_size
+            if max_tokens > 0:
+                longest = min(longest, len(prompt) + max_tokens)
+            cache = model.make_cache(longest)
+        self.model = model
+        self.tokens = prompt
+        self.cache = cache
+        self.sampler = sampler or greedy
+        self.logits_processors = list(logits_processors)
+        self.drawn = 0
+        self.logits: Tensor
+        self._limit = max_tokens
+
+    @property
+    def done(self) -> bool:
+        """Whether ``max_tokens`` are drawn, or the next pass would not fit into the context."""
+        full = len(self.tokens) > self.model.max_kv_size or self.cache.room == 0
+        return self.drawn == self._limit or full
+
+    def prefill(self) -> int:
+        """Computes what the cache does not hold of the prompt; returns how much it did hold."""
+        cached = _common_prefix(self.cache.tokens, self.tokens)
+        self.cache.truncate(cached)
+        self.logits = _forward(self.model, [self.tokens[cached:]], [self.cache])[0]
+        return cached
+
+    def draw(self) -> tuple[int, Tensor]:
+        """Chooses the next token and appends it to ``tokens``."""
+        logits = self.logits
+        for processor in self.logits_processors:
+            logits = processor(self.tokens, logits)
+        logprobs = torch.log_softmax(logits, -1)
+        token = int(self.sampler(logprobs))
+        self.tokens.append(token)
+        self.drawn += 1
+        return token, logprobs
+
+
+class _Answer:
+    """Turns tokens into text that may be shown, and knows when the answer ends."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, end_tokens: frozenset[int], stop: str | Iterable[str]
+    ) -> None:
+        self._detokenizer = tokenizer.detokenizer()
+        self._end_tokens = end_tokens
+        self._stops = StopStrings([stop] if isinstance(stop, str) else stop)
+
+    def add(self, token: int, last: bool) -> tuple[str, str | None]:
+        """(new text, finish_reason or None); ``last``: no token follows this one."""
+        ended = token in self._end_tokens
+        piece = "" if ended else self._detokenizer.add(token)
+        if ended or last:
+            piece += self._detokenizer.finish()
+        text, stopped = self._stops.add(piece)
+        if stopped:
+            return text, "stop"
+        if ended or last:
+            return text + self._stops.finish(), "stop" if ended else "length"
+        return text, None
+
+
+@torch.inference_mode()
+def _forward(model: CausalLM, ids: list[list[int]], cache: list[kv.Sequence]) -> Tensor:
+    """Logits [B, V] after the last of ids [B][L], which are appended to the sequences."""
+    return decode.forward(model, ids, cache)
+
+
+def _encode(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
+    """Token ids; special ones are added unless the text begins with the first of them already."""
+    if not isinstance(prompt, str):
+        return _token_list(prompt)
+    bos = tokenizer.bos_token
+    return tokenizer.encode(prompt, add_special_tokens=not (bos and prompt.startswith(bos)))
+
+
+def _token_list(prompt: Sequence[int] | Tensor) -> list[int]:
+    return [int(token) for token in prompt]
+
+
+def _common_prefix(held: list[int], prompt: list[int]) -> int:
+    """How many tokens both begin with, the prompt's last one left out: its logits are needed."""
+    longest = min(len(held), len(prompt) - 1)
+    return next((i for i in range(longest) if held[i] != prompt[i]), longest)
+
+
+def _batch_pool(model: CausalLM, prompts: list[list[int]], max_tokens: int) -> kv.KVPool:
+    """Room for the longest texts that can be under way at once."""
+    longest = [
+        min(model.max_kv_size, len(prompt) + max_tokens) if max_tokens > 0 else model.max_kv_size
+        for prompt in prompts
+    ]
+    blocks = sorted((kv.blocks_for(length) for length in longest), reverse=True)
+    return model.make_pool(sum(blocks[:MATVEC_ROWS]) * kv.BLOCK)

@@ -1,0 +1,309 @@
+"""What all model families share: the cached forward pass, attention, layers that compute in f32.
+
+A family supplies its config, its block and their modules, named as in MLX checkpoints. The residual
+stream is f32 always: Qwen2.5 has activations that overflow f16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as List
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..cache import KVPool, Sequence, Window
+from ..errors import ContextLengthError
+from .config import DecoderConfig
+from .rope import rotate
+
+if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
+
+PREFILL_CHUNK = 512
+"""Prompts are read in chunks that end at multiples of this position, everywhere alike."""
+MATVEC_ROWS = 8
+"""Up to so many rows the ops use matvec kernels, whose rows do not depend on each other."""
+DEFAULT_CONTEXT = 8192
+_DENSE_BLOCK_BYTES = 16 << 20
+
+
+class Step:
+    """One pass of ``count`` tokens in each of several sequences: positions, masks, caches.
+
+    Everything here is worked out once and used by every layer. Without windows (no cache) the batch
+    is a plain one, attention is causal within it, and gradients flow.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, windows: List[Window], count: int, length: int
+    ) -> None:
+        """``length``: positions of the longest text, once all chunks of this call are done."""
+        rope = config.rope
+        self.windows = windows
+        if not windows:
+            rows = [rope.rows(0, count, length)]
+        elif len(windows) == 1:
+            rows = [rope.rows(windows[0].start, count, length)]
+        else:  # each its own length, as if it were alone
+            rows = [rope.rows(window.start, count, window.end) for window in windows]
+        # [sequences or 1, count, 1, head_dim]
+        self.cos, self.sin = (torch.stack(part).unsqueeze(2) for part in zip(*rows, strict=True))
+        self.masks = [_causal_mask(window.start, count) for window in windows]
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """RoPE on x [B, L, heads, head_dim], in f32."""
+        return rotate(x.float(), self.cos, self.sin)
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Softmax attention in f32 of the new tokens to all that came before, themselves included.
+
+        queries [B, L, heads, head_dim], keys and values [B, L, kv_heads, head_dim], rotated.
+        Returns [B, L, heads * head_dim].
+        """
+        if not self.windows:
+            out = F.scaled_dot_product_attention(
+                queries.transpose(1, 2), keys.transpose(1, 2), values.float().transpose(1, 2),
+                is_causal=True, enable_gqa=True,
+            )  # fmt: skip
+            return out.transpose(1, 2).flatten(2)
+        new = torch.stack((keys, values))  # [2, B, L, kv_heads, head_dim]
+        # Sequence by sequence: a text's numbers then do not depend on its company.
+        outs = [
+            _attend_one(queries[i : i + 1], *window.update(layer, new[:, i]), mask)
+            for i, (window, mask) in enumerate(zip(self.windows, self.masks, strict=True))
+        ]
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _attend_one(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """queries [1, L, heads, d]; keys and values [1, kv_heads, T, d]; returns [1, L, heads * d]."""
+    _, count, heads, dim = queries.shape
+    if count == 1:  # the query heads of a KV head become its rows, which spares expanding keys
+        grouped = queries.view(1, keys.shape[1], heads // keys.shape[1], dim)
+        return F.scaled_dot_product_attention(grouped, keys, values).view(1, 1, heads * dim)
+    out = F.scaled_dot_product_attention(
+        queries.transpose(1, 2), keys, values, attn_mask=mask,
+        is_causal=mask is None, enable_gqa=True,
+    )  # fmt: skip
+    return out.transpose(1, 2).reshape(1, count, heads * dim)
+
+
+def _causal_mask(start: int, count: int) -> Tensor | None:
+    """[count, start + count] f32, None where ``is_causal`` says the same."""
+    if start == 0 or count == 1:
+        return None
+    mask = torch.full((count, start + count), float("-inf"))
+    return mask.triu_(start + 1)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in f32 and given out in ``dtype``."""
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.float(), self.eps).to(self.dtype)
+
+
+class DenseLinear(nn.Linear):
+    """A matrix that the checkpoint left dense: kept in its own dtype, computed in f32.
+
+    Converted block by block, never as a whole: a dense 16-bit head of a 7B model would take 2 GB.
+    Up to 8 rows each is a product of its own, so that its numbers do not depend on the others.
+    """
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> DenseLinear:
+        """The same parameters, computed in f32."""
+        dense = cls.__new__(cls)
+        dense.__dict__ = linear.__dict__
+        return dense
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = _dense_product(x.float().flatten(0, -2), self.weight)
+        if self.bias is not None:
+            out = out + self.bias.float()
+        return out.to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+class DenseEmbedding(nn.Embedding):
+    """A dense embedding table: rows in f32, and the head of tied models."""
+
+    @classmethod
+    def of(cls, embedding: nn.Embedding) -> DenseEmbedding:
+        """The same table, with rows in f32."""
+        dense = cls.__new__(cls)
+        dense.__dict__ = embedding.__dict__
+        return dense
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight).float()
+
+    def as_linear(self, x: Tensor) -> Tensor:
+        return _dense_product(x.float().flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
+
+
+def compute_dense_in_f32(module: nn.Module) -> None:
+    """Puts DenseLinear and DenseEmbedding in the place of what ``load_packed`` left dense."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, DenseLinear.of(child))
+            elif type(child) is nn.Embedding:
+                setattr(parent, name, DenseEmbedding.of(child))
+
+
+def _dense_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows [M, K] f32 times weight [N, K] of any dtype, transposed: [M, N] f32."""
+    block = weight.shape[0]
+    if weight.dtype != torch.float32:
+        block = max(1, _DENSE_BLOCK_BYTES // (4 * weight.shape[1]))
+    outs = []
+    for part in weight.split(block):
+        part = part.float()
+        if 1 < rows.shape[0] <= MATVEC_ROWS:
+            outs.append(torch.cat([F.linear(row, part) for row in rows.split(1)]))
+        else:
+            outs.append(F.linear(rows, part))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, final norm: everything but the head."""
+
+    def __init__(self, config: DecoderConfig, blocks: List[nn.Module], dtype: torch.dtype) -> None:
+        super().__init__()
+        # Not nn.Embedding(...): its random values take 1.4 s of imports on the meta device.
+        table = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens: Any = nn.Embedding.from_pretrained(table)
+        self.layers = nn.ModuleList(blocks)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+
+    def forward(self, ids: Tensor, step: Step) -> Tensor:
+        """ids [B, L] -> residual stream [B, L, hidden_size] in f32, before the final norm."""
+        h = self.embed_tokens(ids)
+        for layer in self.layers:
+            h = layer(h, step)
+        return h
+
+
+class CausalLM(nn.Module):
+    """A decoder with its head. ``model(ids, cache)`` gives logits.
+
+    ``config``        the family's own config
+    ``dtype``         of activations; the residual stream is f32 whatever it is
+    ``kv_dtype``      of cached keys and values
+    ``max_kv_size``   longest text, prompt and answer together
+    ``checkpoint``    where the weights came from, None for a model that was not loaded
+    ``eager``         True: generation decodes with these modules too, instead of the decode plan
+    """
+
+    config_class: ClassVar[Any]
+    block: ClassVar[type[nn.Module]]
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        dtype: torch.dtype = torch.float32,
+        kv_dtype: torch.dtype = torch.float32,
+        max_kv_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        self.kv_dtype = kv_dtype
+        self.max_kv_size = max_kv_size or min(config.max_position_embeddings, DEFAULT_CONTEXT)
+        self.checkpoint: Checkpoint | None = None
+        self.eager = False
+        blocks = [self.block(config, layer, dtype) for layer in range(config.num_hidden_layers)]
+        self.model = Decoder(config, blocks, dtype)
+        if not config.tied:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(
+        self, ids: Tensor, cache: List[Sequence] | None = None, *, logits_to_keep: int = 0
+    ) -> Tensor:
+        """Logits [B, L, vocab_size] in f32 of token ids [B, L].
+
+        With ``cache``, one Sequence a row: ids continue these texts, and keys and values are
+        appended to them. Each chunk is in the cache as a whole or not at all, whatever interrupts.
+        ``logits_to_keep``: only that many last positions get logits; 0 means all.
+        Raises ContextLengthError, before anything is computed, if a text would not fit.
+        """
+        if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32) or 0 in ids.shape:
+            raise ValueError(
+                f"ids must be int64 [B, L] with B and L above 0, not {ids.dtype} {list(ids.shape)}"
+            )
+        count = ids.shape[1]
+        if cache is None:
+            hidden = self.model(ids, Step(self.config, [], count, count))
+            return self.logits(hidden[:, -logits_to_keep:])
+        if len(cache) != ids.shape[0] or len({id(sequence) for sequence in cache}) != len(cache):
+            raise ValueError(
+                f"cache must hold {ids.shape[0]} different sequences, one for each row of ids"
+            )
+        for sequence in cache:
+            self._check_context(sequence.length + count)
+            sequence.reserve(count)
+        with torch.no_grad():
+            if ids.numel() <= MATVEC_ROWS:
+                hidden = self._advance(ids, cache, max(s.length for s in cache) + count)
+                return self.logits(hidden[:, -logits_to_keep:])
+            # One sequence at a time, so that a chunk never mixes texts.
+            parts = [
+                self._prefill(ids[i : i + 1], sequence, logits_to_keep or count)
+                for i, sequence in enumerate(cache)
+            ]
+        return torch.cat(parts)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., vocab_size] in f32 of the residual stream [..., hidden_size]."""
+        x = self.model.norm(hidden)
+        head = self.model.embed_tokens.as_linear if self.config.tied else self.lm_head
+        return head(x).float()
+
+    def make_pool(self, max_tokens: int | None = None) -> KVPool:
+        """A KV pool of this model's shape, by default for one text of ``max_kv_size`` tokens."""
+        config = self.config
+        return KVPool(
+            config.num_hidden_layers, config.num_key_value_heads, config.head_dim, self.kv_dtype,
+            max_tokens or self.max_kv_size,
+        )  # fmt: skip
+
+    def make_cache(self, max_tokens: int | None = None) -> Sequence:
+        """An empty sequence in a pool of its own."""
+        return Sequence(self.make_pool(max_tokens))
+
+    def _check_context(self, length: int) -> None:
+        if length > self.max_kv_size:
+            raise ContextLengthError(
+                f"a text of {length} tokens is longer than the context of {self.max_kv_size}; "
+                "shorten it or load the model with a larger max_kv_size."
+            )
+
+    def _prefill(self, ids: Tensor, sequence: Sequence, keep: int) -> Tensor:
+        """Logits [1, keep, V] of the last ``keep`` of ids [1, L], which go through in chunks."""
+        count, done, logits = ids.shape[1], 0, []
+        length = sequence.length + count
+        while done < count:
+            end = min(count, done + PREFILL_CHUNK - sequence.length % PREFILL_CHUNK)
+            hidden = self._advance(ids[:, done:end], [sequence], length)
+            if end > count - keep:
+                logits.append(self.logits(hidden[:, max(0, count - keep - done) :]))
+            done = end
+        return logits[0] if len(logits) == 1 else torch.cat(logits, 1)
+
+    def _advance(self, ids: Tensor, cache: List[Sequence], length: int) -> Tensor:
+        """One pass: residual stream [B, L, hidden_size]. The tokens are appended at its end."""
+        count = ids.shape[1]
+        step = Step(self.config, [Window(sequence, count) for sequence in cache], count, length)
+        hidden = self.model(ids, step)
+        for sequence, tokens in zip(cache, ids.tolist(), strict=True):
+            sequence.append(tokens)
+        return hidden

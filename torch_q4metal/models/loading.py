@@ -1,0 +1,126 @@
+"""From a checkpoint directory to a model that is ready to run."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import Checkpoint
+from ..errors import ConfigError, Q4MetalError
+from ..linear import Q4Embedding
+from ..memory import check_memory
+from ..packed import load_packed
+from .base import DEFAULT_CONTEXT, CausalLM, compute_dense_in_f32
+from .config import DecoderConfig
+from .fields import Fields
+from .llama import Llama
+from .qwen2 import Qwen2
+
+logger = logging.getLogger(__name__)
+
+FAMILIES: dict[str, type[CausalLM]] = {"llama": Llama, "qwen2": Qwen2}
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def load_model(
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    precision: str | None = None,
+    *,
+    max_kv_size: int | None = None,
+    force: bool = False,
+) -> CausalLM:
+    """The model in a directory, in eval mode and without gradients; its weights stay packed.
+
+    ``dtype``        of activations: None is f32 on the CPU
+    ``device``       "cpu", which None means too
+    ``precision``    "fast" or "exact"; None is exact if ``dtype`` is given as f32, else fast
+    ``max_kv_size``  longest text, prompt and answer together; None is the smaller of 8192 and what
+                     the model was trained for
+    ``force``        loads it even if memory seems too small
+
+    Raises ConfigError and CheckpointError for what is wrong with the directory, MemoryLimitError if
+    it would not fit.
+    """
+    _check_device(device)
+    if dtype is not None and dtype not in _DTYPES:
+        raise Q4MetalError(f"dtype is {dtype}, but activations are float32, bfloat16 or float16.")
+    if precision is None:
+        precision = "exact" if dtype == torch.float32 else "fast"
+    if precision not in ("exact", "fast"):
+        raise Q4MetalError(f"precision is {precision!r}, but must be 'fast' or 'exact'.")
+
+    checkpoint = Checkpoint.open(path)
+    family, config = read_family(checkpoint)
+    context = _context(config, max_kv_size)
+    kv_dtype = torch.float32 if precision == "exact" else checkpoint.scales_dtype
+    check_memory(config, checkpoint.weight_bytes, kv_dtype, context, force=force)
+
+    with torch.device("meta"):
+        model = family(config, dtype or torch.float32, kv_dtype, context)
+    load_packed(model, checkpoint, precision=precision)
+    compute_dense_in_f32(model)
+    model.checkpoint = checkpoint
+    embedding = model.model.embed_tokens
+    if isinstance(embedding, Q4Embedding):
+        embedding.dtype = torch.float32  # rows begin the residual stream
+    return model.eval().requires_grad_(False)
+
+
+def read_family(checkpoint: Checkpoint) -> tuple[type[CausalLM], DecoderConfig]:
+    """The family of a checkpoint and its config. Raises ConfigError for one that is not built.
+
+    Whether the head is tied is decided by the files: ``tie_word_embeddings`` is often missing, and
+    its default differs between mlx-lm and transformers.
+    """
+    raw, model_type = checkpoint.config.raw, checkpoint.config.model_type
+    family = FAMILIES.get(model_type)
+    if family is None:
+        raise ConfigError(
+            f"config.json: model_type {model_type!r} is not built; {', '.join(FAMILIES)} are."
+        )
+    fields = Fields(raw)
+    tied = not checkpoint.has("lm_head.weight")
+    said = fields.flag("tie_word_embeddings", tied)
+    if said and not tied:
+        logger.warning("config.json says that the head is tied, but lm_head.weight is there: used")
+    if tied and not said:
+        checkpoint.info("lm_head.weight")  # raises: a shard is missing, say
+    return family, family.config_class.from_fields(fields, tied)
+
+
+def _context(config: DecoderConfig, max_kv_size: int | None) -> int:
+    trained = config.max_position_embeddings
+    if max_kv_size is None:
+        context = min(trained, DEFAULT_CONTEXT)
+    elif max_kv_size < 1:
+        raise Q4MetalError(f"max_kv_size is {max_kv_size}, but must be at least 1.")
+    else:
+        context = max_kv_size
+        if context > trained and config.rope.rope_type != "dynamic":
+            logger.warning(
+                "max_kv_size %d is beyond the %d tokens that the model was trained for",
+                context, trained,
+            )  # fmt: skip
+    if config.sliding_window is not None and context > config.sliding_window:
+        raise ConfigError(
+            f"config.json: layers see only the last {config.sliding_window} tokens "
+            "(sliding_window), which is not built; load the model with max_kv_size="
+            f"{config.sliding_window}, up to which that makes no difference."
+        )
+    return context
+
+
+def _check_device(device: Any) -> None:
+    kind = "cpu" if device is None else str(device).split(":")[0]
+    if kind == "mps":
+        raise Q4MetalError(
+            "device 'mps' is not available: the Metal backend is not built yet; use device='cpu'."
+        )
+    if kind != "cpu":
+        raise Q4MetalError(f"device {str(device)!r} is not supported; use device='cpu'.")

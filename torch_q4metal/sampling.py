@@ -1,0 +1,160 @@
+"""From logits to a token, with mlx-lm's settings in mlx-lm's order.
+
+The repetition penalty changes logits; top-p, min-p and top-k then filter the log-probabilities as
+they are, and the temperature comes last. Hugging Face and OpenAI divide by the temperature first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import Q4MetalError
+
+Sampler = Callable[[Tensor], int]
+"""Log-probabilities [V] f32 -> token id."""
+LogitsProcessor = Callable[[Sequence[int], Tensor], Tensor]
+"""(all tokens so far, logits [V] f32) -> logits [V]."""
+
+_NUCLEUS_GUESS = 512  # nearly always holds the nucleus; sorting a whole vocabulary takes 5 ms
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens. The defaults are greedy.
+
+    temperature              0: the most likely token; above it, tokens are drawn
+    top_p                    keep the likeliest tokens that together have this probability; 1: all
+    top_k                    keep so many tokens; 0: all
+    min_p                    keep tokens with this share of the likeliest one's probability; 0: all
+    repetition_penalty       recent tokens' logits are divided by it (negative: multiplied); 1: off
+    repetition_context_size  how many tokens are recent, the prompt's included
+    seed                     equal seeds draw equal text on equal devices; None: a new one each time
+
+    Raises Q4MetalError for values that make no sense.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    repetition_context_size: int = 20
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("temperature", 0.0, math.inf),
+            ("top_p", 0.0, 1.0),
+            ("min_p", 0.0, 1.0),
+            ("top_k", 0, math.inf),
+            ("repetition_context_size", 0, math.inf),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high or value == math.inf:
+                span = f"between {low:g} and {high:g}" if high < math.inf else f"at least {low:g}"
+                raise Q4MetalError(f"{name} is {value}, but must be {span}.")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise Q4MetalError(
+                f"repetition_penalty is {self.repetition_penalty}, but must be above 0 (1 is off)."
+            )
+
+    def sampler(self) -> Sampler:
+        """A new sampler, which starts at the seed."""
+        return make_sampler(
+            self.temperature, self.top_p, self.min_p, top_k=self.top_k, seed=self.seed
+        )
+
+    def logits_processors(self) -> list[LogitsProcessor]:
+        return make_logits_processors(self.repetition_penalty, self.repetition_context_size)
+
+
+def make_sampler(
+    temp: float = 0.0,
+    top_p: float = 0.0,
+    min_p: float = 0.0,
+    *,
+    top_k: int = 0,
+    seed: int | None = None,
+) -> Sampler:
+    """A sampler with mlx-lm's arguments; 0 switches a filter off. It keeps its own random state."""
+    if temp == 0:
+        return greedy
+    filters: list[Callable[[Tensor], Tensor]] = []
+    if 0 < top_p < 1:
+        filters.append(lambda logprobs: apply_top_p(logprobs, top_p))
+    if min_p > 0:
+        filters.append(lambda logprobs: apply_min_p(logprobs, min_p))
+    if top_k > 0:
+        filters.append(lambda logprobs: apply_top_k(logprobs, top_k))
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed % (1 << 63))
+
+    def sample(logprobs: Tensor) -> int:
+        for apply in filters:
+            logprobs = apply(logprobs)
+        probabilities = torch.softmax(logprobs.double().cpu() / temp, -1)
+        return int(torch.multinomial(probabilities, 1, generator=generator))
+
+    return sample
+
+
+def make_logits_processors(
+    repetition_penalty: float | None = None, repetition_context_size: int = 20
+) -> list[LogitsProcessor]:
+    """The processors that these settings call for; None, 0 and 1 are no penalty."""
+    if repetition_penalty in (None, 0, 1) or repetition_context_size == 0:
+        return []
+    penalty, window = float(repetition_penalty or 1), repetition_context_size
+
+    def penalize(tokens: Sequence[int], logits: Tensor) -> Tensor:
+        if not tokens:
+            return logits
+        recent = torch.tensor(sorted(set(tokens[-window:])), device=logits.device)
+        values = logits[recent]
+        return logits.index_put(
+            (recent,), torch.where(values < 0, values * penalty, values / penalty)
+        )
+
+    return [penalize]
+
+
+def greedy(logprobs: Tensor) -> int:
+    """The most likely token; of equals, the first."""
+    return int(logprobs.argmax())
+
+
+def apply_top_p(logprobs: Tensor, top_p: float) -> Tensor:
+    """Log-probabilities [V] with -inf for all but the nucleus.
+
+    A token stays if the tokens above it have less than ``top_p`` of the mass; of equal ones, all.
+    """
+    total = logprobs.double().exp().sum()  # in f32 the tail of a large vocabulary rounds away
+    for count in (_NUCLEUS_GUESS, logprobs.shape[0]):
+        best = logprobs.topk(min(count, logprobs.shape[0])).values
+        probabilities = best.double().exp()
+        above = probabilities.cumsum(0) - probabilities
+        kept = int((above < top_p * total).sum())
+        if kept < best.shape[0]:
+            break
+    return logprobs.masked_fill(logprobs < best[max(kept, 1) - 1], -math.inf)
+
+
+def apply_min_p(logprobs: Tensor, min_p: float) -> Tensor:
+    """Log-probabilities [V] with -inf where less than ``min_p`` of the likeliest token's."""
+    return logprobs.masked_fill(logprobs < logprobs.max() + math.log(min_p), -math.inf)
+
+
+def apply_top_k(logprobs: Tensor, top_k: int) -> Tensor:
+    """Log-probabilities [V] with -inf for all but the ``top_k`` likeliest."""
+    if top_k >= logprobs.shape[0]:
+        return logprobs
+    best = logprobs.topk(top_k)
+    return torch.full_like(logprobs, -math.inf).scatter(0, best.indices, best.values)

@@ -253,7 +253,9 @@ def test_built_in_model_of_two_processes(tmp_path: Path) -> None:
     processes = [subprocess.Popen(words, env=environment, text=True, **pipes) for _ in range(2)]
     results = [(*process.communicate(timeout=120), process.returncode) for process in processes]
     folder = cache / builtin.FOLDER
-    assert results == [(f"{folder}\n", "", 0)] * 2
+    for output, log, code in results:
+        assert (output, code) == (f"{folder}\n", 0)
+        assert all(line.startswith("converting the built-in") for line in log.splitlines())
     before = (folder / "model.safetensors").stat()
     assert run("--built-in", env=environment).stdout == f"{folder}\n"
     after = (folder / "model.safetensors").stat()

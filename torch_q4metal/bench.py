@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli import console, run
+from .cli import run
+from .terminal import show_log, status
 
 if TYPE_CHECKING:
     from .models.base import CausalLM
@@ -202,6 +203,7 @@ def main(
     debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
 ) -> None:
     """Measures prefill and decode speed, and memory, of one model."""
+    show_log(debug=debug)
     import torch
 
     from .machine import peak_rss
@@ -213,7 +215,7 @@ def main(
         from .builtin_model import builtin_model
 
         model = str(builtin_model())
-    with console().status("measuring ..."):
+    with status("measuring"):
         result = measure(
             model,
             prompt_tokens,

@@ -6,7 +6,6 @@ alone on stdout, everything else on stderr. Torch is imported only once there is
 
 import io
 import json
-import logging
 import os
 import sys
 from dataclasses import asdict
@@ -211,13 +210,9 @@ def _prepare_streams(quiet: bool, debug: bool) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    from .terminal import LogToStderr
+    from .terminal import show_log
 
-    handler = LogToStderr()
-    handler.setFormatter(logging.Formatter("%(name)s: %(message)s" if debug else "%(message)s"))
-    log = logging.getLogger(__package__)
-    log.handlers = [handler]
-    log.setLevel(logging.DEBUG if debug else logging.ERROR if quiet else logging.INFO)
+    show_log(quiet, debug)
     if quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

@@ -13,6 +13,7 @@ import typer
 
 from .cli import console, run
 from .errors import CheckpointError
+from .terminal import show_log
 
 app = typer.Typer(rich_markup_mode="rich")
 
@@ -59,6 +60,7 @@ def main(
     debug: Annotated[bool, typer.Option("--debug", help="Tracebacks for all errors.")] = False,
 ) -> None:
     """Make an MLX checkpoint of a GGUF file (values kept) or a Hugging Face model (quantized)."""
+    show_log(debug=debug)
     options = (bits, group_size, dtype, revision)
     if built_in:
         if source or target or force or any(option is not None for option in options):

@@ -32,6 +32,15 @@ class LogToStderr(logging.Handler):
         print(printable(self.format(record)), file=sys.stderr)
 
 
+def show_log(quiet: bool = False, debug: bool = False) -> None:
+    """The library's log goes to stderr from here on: what a download takes, warnings, errors."""
+    handler = LogToStderr()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s" if debug else "%(message)s"))
+    log = logging.getLogger(__package__)
+    log.handlers = [handler]
+    log.setLevel(logging.DEBUG if debug else logging.ERROR if quiet else logging.INFO)
+
+
 def write_answer(text: str) -> None:
     """Write a piece of an answer to standard output at once; raw where that is no terminal."""
     sys.stdout.write(printable(text) if sys.stdout.isatty() else text)

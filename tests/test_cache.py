@@ -214,6 +214,32 @@ def test_scattered_blocks_are_gathered_in_order():
     write(sequences[0], list(range(90)))  # takes the holes, which lie before and behind
 
 
+def test_blocks_that_only_seem_to_adjoin(monkeypatch):
+    """0, 2, 1, 3: first and last are as far apart as in a run, but it is none."""
+    monkeypatch.setattr(cache, "SLAB_BLOCKS", 4)
+    pool = make_pool()
+    single = [Sequence(pool) for _ in range(4)]
+    for sequence in single:
+        sequence.append([0])
+    for i in (3, 1, 2, 0):
+        single[i].free()
+    sequence = Sequence(pool)
+    write(sequence, list(range(100)))
+    assert sequence.block_table == [0, 2, 1, 3]
+
+
+def test_a_fork_has_no_part_in_blocks_that_are_only_reserved():
+    pool = make_pool()
+    sequence = Sequence(pool)
+    write(sequence, list(range(64)))
+    write(sequence, [700, 701], commit=False)
+    other = sequence.fork()
+    assert other.block_table == sequence.block_table[:2]
+    write(sequence, [900])
+    write(other, [901])
+    write(sequence, [902])
+
+
 def test_a_slab_made_under_inference_mode_can_be_used_outside():
     pool = make_pool()
     with torch.inference_mode():

@@ -22,6 +22,7 @@ def load(tmp_path, family="llama", **options):
         ({"logits_scaling": 8.0}, ["logits_scaling", "8.0"]),
         ({"logit_scale": 0.5}, ["logit_scale", "0.5"]),
         ({"final_logit_softcapping": 30.0}, ["final_logit_softcapping", "30.0"]),
+        ({"scale_emb": True}, ["scale_emb", "True"]),
         ({"rope_traditional": True}, ["rope_traditional", "True"]),
         ({"num_local_experts": 8}, ["num_local_experts", "8"]),
         ({"residual_multiplier": 0.2}, ["residual_multiplier", "0.2"]),

@@ -183,10 +183,16 @@ def test_dynamic_rope_looks_at_each_text_s_own_length(tmp_path):
     alone = [model(ids[i : i + 1], [c.fork()])[0] for i, c in enumerate((long, short))]
     together = model(ids, [long, short])
     assert torch.equal(together, torch.stack(alone))
-    # All chunks of a call turn by the length that the text has at its end.
-    ids = random_ids(1, 40)
-    whole = model(ids, [model.make_cache()])
-    assert_close(whole, model(ids))
+
+
+def test_dynamic_rope_turns_all_chunks_of_a_prompt_alike(tmp_path):
+    fields = {
+        "max_position_embeddings": 16,
+        "rope_scaling": {"type": "dynamic", "factor": 2.0},
+    }
+    model = load(tmp_path, config=fields, max_kv_size=700)
+    ids = random_ids(1, 700)
+    assert_close(model(ids, [model.make_cache()]), model(ids))
 
 
 def test_forks_and_truncated_sequences_go_on_as_if_nothing_had_been(tmp_path):

@@ -1,0 +1,106 @@
+"""bench and doctor: what they print, and that their numbers mean what they say."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from typer.testing import CliRunner
+
+from torch_q4metal import bench, doctor, ops
+from torch_q4metal.errors import Q4MetalError
+from torch_q4metal.models import load_model
+
+PROMISED = [
+    "prefill_tok_s",
+    "decode_tok_s",
+    "ttft_s",
+    "decode_gb_s",
+    "read_probe_gb_s",
+    "peak_rss_bytes",
+    "import_rss_bytes",
+    "weight_bytes",
+    "threads",
+    "cpu",
+]
+
+
+@pytest.fixture
+def small_probe(monkeypatch):
+    monkeypatch.setattr(bench, "PROBE_BYTES", 8 << 20)
+
+
+def test_last_line_is_one_json_object(tmp_path, small_probe):
+    path = tiny.write_tiny(tmp_path / "model", tied=False).path
+    words = ["--model", str(path), "-p", "20", "-g", "6", "-n", "2", "--json", "--threads", "2"]
+    before = torch.get_num_threads()
+    result = CliRunner().invoke(bench.app, words, catch_exceptions=False)
+    torch.set_num_threads(before)
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout.splitlines()[-1])
+    assert set(PROMISED) <= set(values)
+    assert (values["prompt_tokens"], values["generation_tokens"], values["threads"]) == (20, 6, 2)
+    assert values["prefill_tok_s"] == pytest.approx(20 / values["ttft_s"])
+    expected = values["weight_bytes"] * values["decode_tok_s"] / 1e9
+    assert values["decode_gb_s"] == pytest.approx(expected)
+    assert values["peak_rss_bytes"] >= values["import_rss_bytes"] > 50e6
+    assert values["read_probe_gb_s"] > 0.1
+
+
+def test_table_without_json(tmp_path, small_probe):
+    path = tiny.write_tiny(tmp_path / "model").path
+    words = ["--model", str(path), "-p", "8", "-g", "4", "-n", "1", "--eager"]
+    result = CliRunner().invoke(bench.app, words, catch_exceptions=False)
+    assert result.exit_code == 0
+    for title in ("prefill, 8 tokens", "decode, 4 tokens", "plain-read probe", "peak RSS"):
+        assert title in result.stdout
+
+
+def test_weight_bytes_are_those_that_a_token_reads(tmp_path):
+    tied = load_model(tiny.write_tiny(tmp_path / "tied").path)
+    assert bench.weight_bytes_per_token(tied) == tied.checkpoint.weight_bytes
+    untied = load_model(tiny.write_tiny(tmp_path / "untied", tied=False).path)
+    table = sum(
+        info.nbytes for name, info in untied.checkpoint.tensors.items() if "embed_tokens" in name
+    )
+    rest = untied.checkpoint.weight_bytes - table
+    assert bench.weight_bytes_per_token(untied) == rest + table // untied.config.vocab_size
+
+
+def test_an_unknown_precision_is_one_sentence(tmp_path, small_probe):
+    path = tiny.write_tiny(tmp_path / "model").path
+    result = CliRunner().invoke(bench.app, ["--model", str(path), "--precision", "half"])
+    assert isinstance(result.exception, Q4MetalError)
+    assert "precision" in str(result.exception)
+
+
+def test_doctor_lists_what_a_bug_report_needs(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    result = CliRunner().invoke(doctor.app, [], catch_exceptions=False)
+    assert result.exit_code == 0
+    for word in (
+        "versions",
+        "torch",
+        "cpu",
+        "threads",
+        "kernels",
+        "converted models",
+        "Q4METAL_CPU",
+    ):
+        assert word in result.stdout
+    assert f"{ops.cpu_kernels()} kernels agree with float64" in result.stdout
+    assert "hf_secret" not in result.stdout
+
+
+def test_doctor_refuses_wrong_kernels(monkeypatch):
+    right = ops.matmul
+    monkeypatch.setattr(ops, "matmul", lambda *words: right(*words) * 1.01)
+    result = CliRunner().invoke(doctor.app, [])
+    assert isinstance(result.exception, Q4MetalError)
+    assert "kernels are wrong for bits=2, group_size=32, 1 rows" in str(result.exception)
+
+
+def test_the_read_probe_times_every_pass():
+    seconds = ops.read_probe(4 << 20, 2, 3)
+    assert len(seconds) == 3
+    assert all(0 < s < 10 for s in seconds)

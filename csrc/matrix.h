@@ -11,8 +11,8 @@ enum class DType { f32, f16, bf16 };
 
 constexpr int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-// A packed matrix W [N, K], rows and groups contiguous (layout.h). All three arrays may begin at any
-// address, as they do in mapped files: kernels read them with unaligned loads.
+// A packed matrix W [N, K], rows and groups contiguous (layout.h). All three arrays may begin at
+// any address, as they do in mapped files: kernels read them with unaligned loads.
 struct PackedMatrix {
   const uint8_t* weight; // little-endian words
   const void* scales;

@@ -4,6 +4,8 @@ import os
 
 import pytest
 
+# Before torch is imported: OpenMP's idle workers would spin on the cores that others need.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub must say so
 
 import hypothesis

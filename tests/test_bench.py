@@ -11,7 +11,7 @@ from torch_q4metal import bench, doctor, ops
 from torch_q4metal.errors import Q4MetalError
 from torch_q4metal.models import load_model
 
-PROMISED = [
+PROMISED = (
     "prefill_tok_s",
     "decode_tok_s",
     "ttft_s",
@@ -22,7 +22,7 @@ PROMISED = [
     "weight_bytes",
     "threads",
     "cpu",
-]
+)
 
 
 @pytest.fixture

@@ -27,6 +27,15 @@ PROMPT = [FIRST]  # what a speaking model answers to
 RANDOM = SamplingParams(temperature=1.5, top_p=0.95, top_k=60, seed=11, repetition_penalty=1.1)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tiny matrices gain nothing from threads, and waiting for a busy core costs a lot."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory):
     path = tiny.write_tiny(tmp_path_factory.mktemp("tiny") / "m").path

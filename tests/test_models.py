@@ -1,6 +1,8 @@
 """Models: caches, chunks and batches change nothing; what is not built is refused."""
 
+import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -15,6 +17,15 @@ from torch_q4metal.linear import Q4Embedding, Q4Linear
 from torch_q4metal.models import FAMILIES, base, load_model
 
 LONG = {"max_position_embeddings": 4096}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tiny matrices gain nothing from threads, and waiting for a busy core costs a lot."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def load(tmp_path, family="llama", *, dtype=torch.float32, max_kv_size=None, name="m", **options):
@@ -361,6 +372,13 @@ def test_a_nested_checkpoint_of_a_vision_model(tmp_path):
     nested = tiny.write_tiny(tmp_path / "nested", nested=True).path
     ids = random_ids(1, 5)
     assert torch.equal(load_model(nested, dtype=torch.float32)(ids), plain(ids))
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_model_can_be_copied(tmp_path, again):
+    model = load(tmp_path, overrides={"model.layers.0.mlp.up_proj": False})
+    ids = random_ids(1, 9)
+    assert torch.equal(again(model)(ids), model(ids))
 
 
 def test_a_model_can_be_dropped(tmp_path):

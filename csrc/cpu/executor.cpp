@@ -149,9 +149,11 @@ namespace {
 // One pass of one plan, seen by one thread.
 template <typename Workspace> class Pass {
 public:
-  Pass(const plan::Plan& plan, Workspace& workspace, const TokenInputs& inputs, int thread)
-      : plan_(plan), shape_(plan.shape), w_(workspace), in_(inputs), table_(kernels()),
-        matvec_(matvec_of(table_, plan.shape.exact)), own_(*workspace.threads[thread]) {}
+  Pass(const plan::Plan& plan, Workspace& workspace, const TokenInputs& inputs, int thread,
+       int threads)
+      : plan_(plan), shape_(plan.shape), w_(workspace), in_(inputs), threads_(threads),
+        table_(kernels()), matvec_(matvec_of(table_, plan.shape.exact)),
+        own_(*workspace.threads[thread]) {}
 
   void run(int index) {
     const Step& step = plan_.steps[index];
@@ -320,19 +322,24 @@ private:
     int64_t most = 0;
     for (int64_t m = 0; m < in_.rows; ++m)
       most = std::max(most, splits_of(positions_of(m)));
-    // All units of a KV head follow each other, so that threads meet different heads.
-    share(in_.rows * shape_.kv_heads * most, [&](int64_t unit) {
-      const int64_t split = unit % most, head = unit / most % shape_.kv_heads;
-      const int64_t m = unit / most / shape_.kv_heads;
+    // The query heads of a KV head share its blocks, unless there are too few such units to go
+    // round. A query head's numbers are the same either way.
+    const int64_t shared_units = in_.rows * shape_.kv_heads * most;
+    const int64_t queries = shared_units < 4 * threads_ ? 1 : group;
+    const int64_t parts = group / queries;
+    share(shared_units * parts, [&](int64_t unit) {
+      const int64_t part = unit % parts, split = unit / parts % most;
+      const int64_t head = unit / parts / most % shape_.kv_heads;
+      const int64_t m = unit / parts / most / shape_.kv_heads;
       const int64_t begin = split * kSplit, end = std::min(begin + kSplit, positions_of(m));
       if (begin >= end)
         return;
       const BlockSource source{this, step.layer, head, m};
-      float* out =
-          w_.partial + m * w_.partial_stride + (split * shape_.heads + head * group) * (dim + 2);
-      table_.vector.attention_split({w_.queries + (m * shape_.heads + head * group) * dim, group,
-                                     dim, begin, end, shape_.attention_scale, shape_.kv_dtype,
-                                     &source, block_at<0>, block_at<1>, out, own_.blocks});
+      const int64_t query = head * group + part * queries;
+      float* out = w_.partial + m * w_.partial_stride + (split * shape_.heads + query) * (dim + 2);
+      table_.vector.attention_split({w_.queries + (m * shape_.heads + query) * dim, queries, dim,
+                                     begin, end, shape_.attention_scale, shape_.kv_dtype, &source,
+                                     block_at<0>, block_at<1>, out, own_.blocks});
     });
   }
 
@@ -415,6 +422,7 @@ private:
   const plan::Shape& shape_;
   Workspace& w_;
   const TokenInputs& in_;
+  const int threads_;
   const KernelTable& table_;
   const MatvecKernel& matvec_;
   typename Workspace::Thread& own_;
@@ -435,13 +443,14 @@ void Executor::run(const TokenInputs& inputs, int threads) {
   struct Region {
     Executor* self;
     const TokenInputs* inputs;
+    int threads;
     Barrier barrier;
-  } region{this, &inputs, Barrier(threads)};
+  } region{this, &inputs, threads, Barrier(threads)};
   run_together(
       threads,
       [](void* context, int thread) {
         auto& r = *static_cast<Region*>(context);
-        Pass pass(r.self->plan_, *r.self->workspace_, *r.inputs, thread);
+        Pass pass(r.self->plan_, *r.self->workspace_, *r.inputs, thread, r.threads);
         for (int i = 0; i < int(r.self->plan_.steps.size()); ++i) {
           if (r.self->plan_.barrier_before[i])
             r.barrier.wait();

@@ -13,6 +13,7 @@ PYBIND11_MODULE(_C, m) {
       "cpu_kernels", [] { return q4metal::cpu::kernels().name; },
       "Name of the CPU kernel table in use.");
   m.def("read_probe", &q4metal::cpu::read_probe, pybind11::arg("bytes"), pybind11::arg("threads"),
-        pybind11::arg("repeats"), pybind11::call_guard<pybind11::gil_scoped_release>(),
+        pybind11::arg("repeats"), pybind11::arg("prefetch"),
+        pybind11::call_guard<pybind11::gil_scoped_release>(),
         "Seconds of each pass of reading `bytes` bytes of memory with `threads` threads.");
 }

@@ -115,9 +115,14 @@ def cpu_kernels() -> str:
     return _extension.load().cpu_kernels()
 
 
-def read_probe(size: int, threads: int, repeats: int = 3) -> list[float]:
-    """Seconds of each of ``repeats`` passes that read ``size`` bytes with ``threads`` threads."""
-    return _extension.load().read_probe(size, threads, repeats)
+def read_probe(
+    size: int, threads: int, repeats: int = 3, prefetch: bool = False
+) -> list[float]:
+    """Seconds of each of ``repeats`` passes that read ``size`` bytes with ``threads`` threads.
+
+    ``prefetch``: 4 KB ahead by instruction, which helps some processors and hinders others.
+    """
+    return _extension.load().read_probe(size, threads, repeats, prefetch)
 
 
 def _require(condition: bool, sentence: str) -> None:

@@ -115,9 +115,7 @@ def cpu_kernels() -> str:
     return _extension.load().cpu_kernels()
 
 
-def read_probe(
-    size: int, threads: int, repeats: int = 3, prefetch: bool = False
-) -> list[float]:
+def read_probe(size: int, threads: int, repeats: int = 3, prefetch: bool = False) -> list[float]:
     """Seconds of each of ``repeats`` passes that read ``size`` bytes with ``threads`` threads.
 
     ``prefetch``: 4 KB ahead by instruction, which helps some processors and hinders others.

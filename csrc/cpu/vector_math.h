@@ -39,20 +39,10 @@ Q4_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
 
 Q4_INLINE Vec widen8(const float* p) { return load(p); }
 
-Q4_INLINE Vec widen8(const BFloat16* p) {
+// Half or BFloat16.
+template <typename T> Q4_INLINE Vec widen8(const T* p) {
 #if defined(Q4_AVX2)
-  return (Vec)load8(p, DType::bf16);
-#else
-  float wide[kWidth];
-  for (int i = 0; i < kWidth; ++i)
-    wide[i] = widen(p[i]);
-  return load(wide);
-#endif
-}
-
-Q4_INLINE Vec widen8(const Half* p) {
-#if defined(Q4_AVX2)
-  return (Vec)load8(p, DType::f16);
+  return (Vec)load8(p, std::is_same_v<T, Half> ? DType::f16 : DType::bf16);
 #else
   float wide[kWidth];
   for (int i = 0; i < kWidth; ++i)

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "layout.h"
+#include "precision.h"
 
 namespace q4metal {
 
@@ -24,9 +25,11 @@ inline void check_mode(c10::string_view mode) {
                     "' is not built; the mode that is built is 'affine'");
 }
 
-inline void check_precision(c10::string_view precision) {
-  TORCH_CHECK_VALUE(precision == "fast" || precision == "exact", "precision='", precision,
-                    "' is not built; use 'fast' or 'exact'");
+inline Precision check_precision(c10::string_view precision) {
+  const auto found = precision_named({precision.data(), precision.size()});
+  TORCH_CHECK_VALUE(found.has_value(), "precision='", precision,
+                    "' is unknown; use 'fast', 'exact' or 'int8'");
+  return *found;
 }
 
 inline void check_float(const at::Tensor& t, const char* name) {
@@ -78,10 +81,10 @@ inline void check_same_device(const at::Tensor& t, const char* name, const Packe
 }
 
 // Checks x and bias against W; the reduced dimension is K, or N where transpose is false.
-inline void check_matmul(const at::Tensor& x, const PackedTensors& w,
-                         const std::optional<at::Tensor>& bias, bool transpose,
-                         c10::string_view precision) {
-  check_precision(precision);
+inline Precision check_matmul(const at::Tensor& x, const PackedTensors& w,
+                              const std::optional<at::Tensor>& bias, bool transpose,
+                              c10::string_view precision) {
+  const Precision chosen = check_precision(precision);
   check_float(x, "x");
   check_same_device(x, "x", w);
   const int64_t reduced = transpose ? w.in_features : w.out_features;
@@ -96,6 +99,7 @@ inline void check_matmul(const at::Tensor& x, const PackedTensors& w,
     TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == produced, "bias has shape ",
                       bias->sizes(), "; it must be [", produced, "]");
   }
+  return chosen;
 }
 
 inline void check_matvec(const at::Tensor& x) {

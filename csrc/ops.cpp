@@ -5,7 +5,7 @@
 // Shared arguments: a packed matrix W [N, K] is `weight` uint32 or int32 [N, K * bits / 32],
 // `scales` and `biases` [N, K / group_size] in float32, float16 or bfloat16 (layout.h). `bias` [N]
 // is the layer's own vector, added in float32. Results have promote(x, scales, biases) as their
-// dtype. `precision`: "fast" or "exact" (float32 arithmetic throughout).
+// dtype. `precision`: "fast", "exact" or "int8" (precision.h).
 #include <torch/library.h>
 
 TORCH_LIBRARY(q4metal, m) {

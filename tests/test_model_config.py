@@ -114,7 +114,6 @@ def test_sliding_layers_without_a_window(tmp_path):
         ({"device": "cuda:1"}, ["'cuda:1'", "cpu"]),
         ({"dtype": torch.float64}, ["float64", "bfloat16"]),
         ({"precision": "sloppy"}, ["'sloppy'", "'fast'"]),
-        ({"precision": "int8"}, ["'int8'", "'exact'"]),
     ],
 )
 def test_options_that_do_not_exist(tmp_path, options, words):

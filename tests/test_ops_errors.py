@@ -18,9 +18,9 @@ CASES = {
     "group size": (lambda: ops.matmul(X, *W, group_size=48), ValueError, "group_size=48"),
     "mode": (lambda: ops.matmul(X, *W, mode="mxfp4"), ValueError, "mode='mxfp4' is not built"),
     "precision": (
-        lambda: ops.matmul(X, *W, precision="int8"),
+        lambda: ops.matmul(X, *W, precision="int4"),
         ValueError,
-        "precision='int8' is not built",
+        "precision='int4' is unknown",
     ),
     "no biases": (lambda: ops.matmul(X, W[0], W[1]), ValueError, "biases is missing"),
     "x shape": (

@@ -191,7 +191,7 @@ def main(
         int | None, typer.Option("--threads", min=1, help="threads; torch's number if left out")
     ] = None,
     precision: Annotated[
-        str | None, typer.Option("--precision", help="fast (default) or exact")
+        str | None, typer.Option("--precision", help="fast (default), exact or int8")
     ] = None,
     eager: Annotated[
         bool, typer.Option("--eager", help="decode with the modules, not with the decode plan")

@@ -110,7 +110,8 @@ def main(
     precision: Annotated[
         Literal["exact", "fast", "int8"] | None,
         typer.Option(
-            help="exact is float32 throughout; fast if left out, and exact with --dtype float32.",
+            help="exact is float32 throughout, int8 takes 8-bit activations; fast if left out, "
+            "and exact with --dtype float32.",
             rich_help_panel=MODEL,
         ),
     ] = None,

@@ -52,7 +52,7 @@ class DecodePlan:
             norm_eps=config.rms_norm_eps,
             attention_scale=config.head_dim**-0.5,
             kv_dtype=_DTYPES[model.kv_dtype],
-            exact=_precisions(model) == {"exact"},
+            precision=getattr(_native.Precision, min(_precisions(model), default="fast")),
         )
         embedding = self._segment(decoder.embed_tokens)
         head = embedding if config.tied else self._segment(model.lm_head)

@@ -89,7 +89,7 @@ class Q4Linear(PackedModule):
     """``y = x W^T + bias`` with W packed at 2, 3, 4, 5, 6 or 8 bits; replaces ``nn.Linear``.
 
     ``x [..., in_features]`` -> ``[..., out_features]`` in promote(x.dtype, scales.dtype).
-    ``precision`` is "fast" or "exact" (float32 arithmetic throughout).
+    ``precision`` is "fast", "exact" (float32 arithmetic throughout) or "int8" (8-bit activations).
     """
 
     def __init__(

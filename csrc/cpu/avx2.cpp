@@ -300,8 +300,11 @@ void gemm_range(const PackedMatrix& w, const float* x, int64_t rows, float* y, i
   }
 }
 
-void gemm(const PackedMatrix& w, const float* x, int64_t rows, float* y, int64_t begin,
-          int64_t end) {
+size_t nothing_prepared(const PackedMatrix&, int64_t) { return 0; }
+void prepare_nothing(const PackedMatrix&, const float*, int64_t, int64_t, int64_t, std::byte*) {}
+
+void gemm(const PackedMatrix& w, const float* x, const std::byte*, int64_t rows, float* y,
+          int64_t begin, int64_t end) {
   for_format(
       w, [&]<int kBits, int kGroup>() { gemm_range<kBits, kGroup>(w, x, rows, y, begin, end); });
 }
@@ -352,13 +355,14 @@ void gemm_transposed(const PackedMatrix& w, const float* x, int64_t rows, float*
 
 } // namespace
 
-const KernelTable avx2_kernels = {"avx2",
-                                  {prepared_bytes, prepare, matvec},
-                                  avx2_split_matvec,
-                                  gemm,
-                                  gemm,
-                                  gemm_transposed,
-                                  vector_kernels};
+const KernelTable avx2_kernels = {
+    "avx2",
+    {{prepared_bytes, prepare, matvec}, avx2_split_matvec, avx2_int8_matvec},
+    {{nothing_prepared, prepare_nothing, gemm},
+     {nothing_prepared, prepare_nothing, gemm},
+     {nothing_prepared, prepare_nothing, gemm}},
+    gemm_transposed,
+    vector_kernels};
 
 } // namespace q4metal::cpu
 

@@ -22,7 +22,7 @@
 
 namespace q4metal::cpu {
 
-extern const MatvecKernel avx2_split_matvec;
+extern const MatvecKernel avx2_split_matvec, avx2_int8_matvec;
 
 namespace {
 

@@ -91,15 +91,17 @@ void store_planes(const __m256i* x16, std::byte* out) {
   store(out + 96, low_byte(odd[0]), low_byte(odd[1]));
 }
 
+template <Precision kPrecision>
 void prepare(const PackedMatrix& w, const float* x, int64_t rows, std::byte* prepared) {
+  const SplitFormat format = split_format(kPrecision, w.group_size);
   const PreparedRow layout(w);
   for (int64_t m = 0; m < rows; ++m, x += w.in_features, prepared += layout.bytes()) {
     std::memset(prepared + (layout.codes - 64) * 2, 0, layout.bytes() - (layout.codes - 64) * 2);
     float* scales = const_cast<float*>(layout.scales(prepared));
     float* sums = const_cast<float*>(layout.sums(prepared));
-    for (int64_t first = 0; first < w.in_features; first += kSplitBlock) {
-      const int64_t last = std::min(first + kSplitBlock, w.in_features);
-      const SplitScale s = split_scale(largest_magnitude(x + first, last - first));
+    for (int64_t first = 0; first < w.in_features; first += format.block) {
+      const int64_t last = std::min(first + format.block, w.in_features);
+      const SplitScale s = split_scale(largest_magnitude(x + first, last - first), format.range);
       const __m256 inverse = _mm256_set1_ps(s.inverse);
       int32_t sum = 0;
       for (int64_t k = first; k < last; k += 32) {
@@ -308,7 +310,8 @@ void matvec(const PackedMatrix& w, const std::byte* prepared, int64_t rows, floa
 
 } // namespace
 
-const MatvecKernel avx2_split_matvec = {prepared_bytes, prepare, matvec};
+const MatvecKernel avx2_split_matvec = {prepared_bytes, prepare<Precision::fast>, matvec};
+const MatvecKernel avx2_int8_matvec = {prepared_bytes, prepare<Precision::int8>, matvec};
 
 } // namespace q4metal::cpu
 

@@ -89,10 +89,6 @@ struct Executor::Workspace {
 
 namespace {
 
-const MatvecKernel& matvec_of(const KernelTable& table, bool exact) {
-  return exact ? table.matvec_exact : table.matvec_fast;
-}
-
 int64_t widest_output(const plan::Plan& plan) {
   int64_t widest = 0;
   for (const Step& step : plan.steps)
@@ -115,7 +111,7 @@ Executor::Executor(plan::Plan plan, int64_t context)
       widest_input = std::max(widest_input, segment.in_features());
       if (const auto* packed = std::get_if<PackedMatrix>(&segment.matrix))
         w.prepared_bytes = std::max(
-            w.prepared_bytes, matvec_of(table, shape.exact).prepared_bytes(*packed, kMaxRows));
+            w.prepared_bytes, table.matvec(shape.precision).prepared_bytes(*packed, kMaxRows));
     }
   w.input_floats = kMaxRows * widest_input;
   w.block_floats = 2 * plan::kBlockPositions * shape.head_dim;
@@ -152,7 +148,7 @@ public:
   Pass(const plan::Plan& plan, Workspace& workspace, const TokenInputs& inputs, int thread,
        int threads)
       : plan_(plan), shape_(plan.shape), w_(workspace), in_(inputs), threads_(threads),
-        table_(kernels()), matvec_(matvec_of(table_, plan.shape.exact)),
+        table_(kernels()), matvec_(table_.matvec(plan.shape.precision)),
         own_(*workspace.threads[thread]) {}
 
   void run(int index) {

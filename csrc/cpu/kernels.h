@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "../matrix.h"
+#include "../precision.h"
 
 // For the pieces of inner loops: left to itself the compiler called some of them (and vectors of 32
 // bytes passed between functions have an ABI that depends on the target).
@@ -28,6 +29,21 @@ struct MatvecKernel {
 };
 
 constexpr int64_t kMaxMatvecRows = 8;
+
+// A product of any number of rows of x with W^T, in the same two steps.
+struct GemmKernel {
+  // Bytes that `prepare` writes for `rows` rows; may be 0.
+  size_t (*prepared_bytes)(const PackedMatrix& w, int64_t rows);
+  // Prepares rows [first, last) of x [rows, K]. Disjoint ranges may be prepared on several threads;
+  // first is a multiple of kRowStep, and so is last unless it is `rows`.
+  void (*prepare)(const PackedMatrix& w, const float* x, int64_t rows, int64_t first, int64_t last,
+                  std::byte* prepared);
+  // y[:, begin:end); y [rows, N]. A row does not depend on `rows`, nor a column on begin and end.
+  void (*run)(const PackedMatrix& w, const float* x, const std::byte* prepared, int64_t rows,
+              float* y, int64_t begin, int64_t end);
+};
+
+constexpr int64_t kRowStep = 32;
 
 // One stretch of the context for the query heads that share a KV head.
 struct AttentionSplit {
@@ -64,20 +80,17 @@ struct VectorKernels {
 };
 
 struct KernelTable {
-  const char* name; // the value of Q4METAL_CPU
-  MatvecKernel matvec_exact;
-  MatvecKernel matvec_fast;
-  // y[:, begin:end) = x W[begin:end, :]^T; x [rows, K], y [rows, N]. A row does not depend on
-  // `rows`.
-  void (*gemm_exact)(const PackedMatrix& w, const float* x, int64_t rows, float* y, int64_t begin,
-                     int64_t end);
-  void (*gemm_fast)(const PackedMatrix& w, const float* x, int64_t rows, float* y, int64_t begin,
-                    int64_t end);
+  const char* name;                    // the value of Q4METAL_CPU
+  MatvecKernel matvec_of[kPrecisions]; // indexed by Precision
+  GemmKernel gemm_of[kPrecisions];
   // y[:, begin:end) = x W[:, begin:end); x [rows, N], y [rows, K]. begin and end are multiples of
   // kColumnStep, or end is K.
   void (*gemm_transposed)(const PackedMatrix& w, const float* x, int64_t rows, float* y,
                           int64_t begin, int64_t end);
   VectorKernels vector;
+
+  const MatvecKernel& matvec(Precision p) const { return matvec_of[int(p)]; }
+  const GemmKernel& gemm(Precision p) const { return gemm_of[int(p)]; }
 };
 
 constexpr int64_t kColumnStep = 128; // whole groups of every size

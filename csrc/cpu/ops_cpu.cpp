@@ -51,13 +51,21 @@ int thread_count(const PackedMatrix& w, int64_t rows) {
   return w.out_features * w.in_features * rows < kSerialWork ? 1 : at::get_num_threads();
 }
 
+// Memory from torch's allocator, aligned to 64 bytes.
+struct Scratch {
+  at::Tensor bytes;
+  std::byte* data;
+
+  explicit Scratch(size_t size) : bytes(at::empty({int64_t(size + 64)}, at::kByte)) {
+    const auto address = reinterpret_cast<uintptr_t>(bytes.mutable_data_ptr());
+    data = reinterpret_cast<std::byte*>((address + 63) / 64 * 64);
+  }
+};
+
 void run_matvec(const MatvecKernel& kernel, const PackedMatrix& w, const float* x, int64_t rows,
                 float* y) {
-  // 64 bytes more than needed, to align the start.
-  const auto size = int64_t(kernel.prepared_bytes(w, rows) + 64);
-  const auto scratch = at::empty({size}, at::kByte);
-  const auto address = reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr());
-  auto* prepared = reinterpret_cast<std::byte*>((address + 63) / 64 * 64);
+  const Scratch scratch(kernel.prepared_bytes(w, rows));
+  std::byte* prepared = scratch.data;
   kernel.prepare(w, x, rows, prepared);
   const int threads = thread_count(w, rows);
   parallel_pieces(
@@ -65,12 +73,28 @@ void run_matvec(const MatvecKernel& kernel, const PackedMatrix& w, const float* 
       [&](int64_t begin, int64_t end) { kernel.run(w, prepared, rows, y, begin, end); });
 }
 
+// Output features a thread takes at a time in a GEMM: whole tiles of every instruction set.
+constexpr int64_t kGemmPiece = 48;
+
+void run_gemm(const GemmKernel& kernel, const PackedMatrix& w, const float* x, int64_t rows,
+              float* y) {
+  const Scratch scratch(kernel.prepared_bytes(w, rows));
+  std::byte* prepared = scratch.data;
+  const int threads = thread_count(w, rows);
+  parallel_pieces(threads, rows, kRowStep, [&](int64_t first, int64_t last) {
+    kernel.prepare(w, x, rows, first, last, prepared);
+  });
+  parallel_pieces(threads, w.out_features, kGemmPiece, [&](int64_t begin, int64_t end) {
+    kernel.run(w, x, prepared, rows, y, begin, end);
+  });
+}
+
 at::Tensor matmul(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scales,
                   const std::optional<at::Tensor>& biases, const std::optional<at::Tensor>& bias,
                   bool transpose, int64_t group_size, int64_t bits, c10::string_view mode,
                   c10::string_view precision) {
   const auto packed = check_packed(weight, scales, biases, group_size, bits, mode);
-  check_matmul(x, packed, bias, transpose, precision);
+  const Precision chosen = check_matmul(x, packed, bias, transpose, precision);
   const auto w = operand(packed);
   const auto result_dtype = at::promote_types(x.scalar_type(), w.scales.scalar_type());
   auto shape = x.sizes().vec();
@@ -83,9 +107,8 @@ at::Tensor matmul(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
     const auto& table = kernels();
     const auto* in = rows_in.const_data_ptr<float>();
     auto* out = y.mutable_data_ptr<float>();
-    const bool exact = precision == "exact";
-    const int threads = thread_count(w.matrix, rows);
     if (!transpose) {
+      const int threads = thread_count(w.matrix, rows);
       // Few wide pieces: each walks all rows of W.
       const int64_t steps = (packed.in_features + kColumnStep - 1) / kColumnStep;
       const int64_t piece = std::clamp<int64_t>(steps / threads, 1, 4) * kColumnStep;
@@ -93,12 +116,9 @@ at::Tensor matmul(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
         table.gemm_transposed(w.matrix, in, rows, out, begin, end);
       });
     } else if (rows <= kMaxMatvecRows) {
-      run_matvec(exact ? table.matvec_exact : table.matvec_fast, w.matrix, in, rows, out);
+      run_matvec(table.matvec(chosen), w.matrix, in, rows, out);
     } else {
-      const auto gemm = exact ? table.gemm_exact : table.gemm_fast;
-      parallel_pieces(threads, packed.out_features, 48, [&](int64_t begin, int64_t end) {
-        gemm(w.matrix, in, rows, out, begin, end);
-      });
+      run_gemm(table.gemm(chosen), w.matrix, in, rows, out);
     }
     if (bias.has_value() && bias->defined())
       y.add_(bias->to(at::kFloat));

@@ -36,8 +36,8 @@ float sum_lanes(const float* lanes) {
 }
 
 // One order of addition for every number of rows.
-void gemm(const PackedMatrix& w, const float* x, int64_t rows, float* y, int64_t begin,
-          int64_t end) {
+void multiply(const PackedMatrix& w, const float* x, int64_t rows, float* y, int64_t begin,
+              int64_t end) {
   std::vector<float> dense(w.in_features);
   for (int64_t n = begin; n < end; ++n) {
     expand_row(w, n, 0, w.in_features, dense.data());
@@ -89,16 +89,23 @@ void prepare(const PackedMatrix& w, const float* x, int64_t rows, std::byte* pre
 
 void matvec(const PackedMatrix& w, const std::byte* prepared, int64_t rows, float* y, int64_t begin,
             int64_t end) {
-  gemm(w, reinterpret_cast<const float*>(prepared), rows, y, begin, end);
+  multiply(w, reinterpret_cast<const float*>(prepared), rows, y, begin, end);
 }
 
-// ---- fast matvec, see split.h
+// The GEMM uses x as it is.
+size_t nothing_prepared(const PackedMatrix&, int64_t) { return 0; }
+void prepare_nothing(const PackedMatrix&, const float*, int64_t, int64_t, int64_t, std::byte*) {}
 
-// A prepared row: int16 codes, then per block its sx, then per group float(sum of x16) * sx.
-int64_t split_row_bytes(const PackedMatrix& w) {
-  const int64_t blocks = (w.in_features + kSplitBlock - 1) / kSplitBlock;
-  return w.in_features * 2 + (blocks + w.groups()) * 4;
+void gemm(const PackedMatrix& w, const float* x, const std::byte*, int64_t rows, float* y,
+          int64_t begin, int64_t end) {
+  multiply(w, x, rows, y, begin, end);
 }
+
+// ---- integer activations, see split.h
+
+// A prepared row: int16 codes, then per block its sx (room for one a group), then per group
+// float(sum of x16) * sx.
+int64_t split_row_bytes(const PackedMatrix& w) { return w.in_features * 2 + w.groups() * 8; }
 
 size_t split_bytes(const PackedMatrix& w, int64_t rows) { return rows * split_row_bytes(w); }
 
@@ -110,22 +117,31 @@ struct SplitRow {
   SplitRow(const PackedMatrix& w, std::byte* prepared, int64_t row) {
     codes = reinterpret_cast<int16_t*>(prepared + row * split_row_bytes(w));
     blocks = reinterpret_cast<float*>(codes + w.in_features);
-    groups = blocks + (w.in_features + kSplitBlock - 1) / kSplitBlock;
+    groups = blocks + w.groups();
   }
 };
 
-void split_prepare(const PackedMatrix& w, const float* x, int64_t rows, std::byte* prepared) {
-  for (int64_t m = 0; m < rows; ++m) {
+template <Precision kPrecision>
+void split_rows(const PackedMatrix& w, const float* x, int64_t, int64_t first, int64_t last,
+                std::byte* prepared) {
+  for (int64_t m = first; m < last; ++m) {
     const SplitRow row(w, prepared, m);
-    split_row(x + m * w.in_features, w.in_features, w.group_size, row.codes, row.blocks,
-              row.groups);
+    split_row(x + m * w.in_features, w.in_features, w.group_size,
+              split_format(kPrecision, w.group_size), row.codes, row.blocks, row.groups);
   }
 }
 
+template <Precision kPrecision>
+void split_prepare(const PackedMatrix& w, const float* x, int64_t rows, std::byte* prepared) {
+  split_rows<kPrecision>(w, x, rows, 0, rows, prepared);
+}
+
+template <Precision kPrecision>
 void split_matvec(const PackedMatrix& w, const std::byte* prepared, int64_t rows, float* y,
                   int64_t begin, int64_t end) {
   std::vector<float> unpacked(w.in_features);
   std::vector<int32_t> codes(w.in_features);
+  const int64_t block = split_format(kPrecision, w.group_size).block;
   for (int64_t n = begin; n < end; ++n) {
     for (int64_t k = 0; k < w.in_features; k += kCodesPerRun)
       unpack_run(w.weight + n * w.row_stride(), w.bits, k, unpacked.data() + k);
@@ -139,7 +155,7 @@ void split_matvec(const PackedMatrix& w, const std::byte* prepared, int64_t rows
           t += codes[k] * row.codes[k];
         const float scale = widen_at(w.scales, w.scales_dtype, n * w.groups() + g);
         const float bias = widen_at(w.biases, w.scales_dtype, n * w.groups() + g);
-        const float factor = scale * row.blocks[g * w.group_size / kSplitBlock];
+        const float factor = scale * row.blocks[g * w.group_size / block];
         const int lane = g % kSplitLanes;
         sums[lane] = std::fma(float(t), factor, sums[lane]);
         offsets[lane] = std::fma(bias, row.groups[g], offsets[lane]);
@@ -149,14 +165,22 @@ void split_matvec(const PackedMatrix& w, const std::byte* prepared, int64_t rows
   }
 }
 
+void int8_gemm(const PackedMatrix& w, const float*, const std::byte* prepared, int64_t rows,
+               float* y, int64_t begin, int64_t end) {
+  split_matvec<Precision::int8>(w, prepared, rows, y, begin, end);
+}
+
 } // namespace
 
-const KernelTable ref_kernels = {"ref",
-                                 {prepared_bytes, prepare, matvec},
-                                 {split_bytes, split_prepare, split_matvec},
-                                 gemm,
-                                 gemm,
-                                 gemm_transposed,
-                                 vector_kernels};
+const KernelTable ref_kernels = {
+    "ref",
+    {{prepared_bytes, prepare, matvec},
+     {split_bytes, split_prepare<Precision::fast>, split_matvec<Precision::fast>},
+     {split_bytes, split_prepare<Precision::int8>, split_matvec<Precision::int8>}},
+    {{nothing_prepared, prepare_nothing, gemm},
+     {nothing_prepared, prepare_nothing, gemm},
+     {split_bytes, split_rows<Precision::int8>, int8_gemm}},
+    gemm_transposed,
+    vector_kernels};
 
 } // namespace q4metal::cpu

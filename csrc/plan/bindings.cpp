@@ -66,6 +66,10 @@ void bind(py::module_& m) {
       .value("float32", DType::f32)
       .value("float16", DType::f16)
       .value("bfloat16", DType::bf16);
+  py::enum_<Precision>(m, "Precision")
+      .value("exact", Precision::exact)
+      .value("fast", Precision::fast)
+      .value("int8", Precision::int8);
   py::class_<Segment>(m, "Segment");
   m.def("packed_segment", &packed_segment, py::arg("weight"), py::arg("scales"), py::arg("biases"),
         py::arg("scales_dtype"), py::arg("out_features"), py::arg("in_features"),
@@ -83,14 +87,15 @@ void bind(py::module_& m) {
   py::class_<Shape>(m, "Shape")
       .def(py::init([](int64_t hidden_size, int64_t intermediate_size, int64_t heads,
                        int64_t kv_heads, int64_t head_dim, int64_t vocab_size, int64_t layers,
-                       float norm_eps, float attention_scale, DType kv_dtype, bool exact) {
-             return Shape{hidden_size,     intermediate_size, heads,  kv_heads,
-                          head_dim,        vocab_size,        layers, norm_eps,
-                          attention_scale, kv_dtype,          exact};
+                       float norm_eps, float attention_scale, DType kv_dtype, Precision precision) {
+             return Shape{hidden_size,     intermediate_size, heads,    kv_heads,
+                          head_dim,        vocab_size,        layers,   norm_eps,
+                          attention_scale, kv_dtype,          precision};
            }),
            py::arg("hidden_size"), py::arg("intermediate_size"), py::arg("heads"),
            py::arg("kv_heads"), py::arg("head_dim"), py::arg("vocab_size"), py::arg("layers"),
-           py::arg("norm_eps"), py::arg("attention_scale"), py::arg("kv_dtype"), py::arg("exact"));
+           py::arg("norm_eps"), py::arg("attention_scale"), py::arg("kv_dtype"),
+           py::arg("precision"));
   py::class_<DecodePlan>(m, "DecodePlan",
                          "Steps, buffers and barriers of a model's decoding, and what runs them.")
       .def(py::init<const Shape&, const Segment&, const std::vector<Layer>&, uintptr_t,

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../matrix.h"
+#include "../precision.h"
 
 namespace q4metal::plan {
 
@@ -67,7 +68,7 @@ struct Shape {
   float norm_eps;
   float attention_scale;
   DType kv_dtype;
-  bool exact; // precision
+  Precision precision;
 };
 
 // Two steps of which the later must wait for the earlier, without a barrier between them.

@@ -39,7 +39,7 @@ def load_model(
 
     ``dtype``        of activations: None is f32 on the CPU
     ``device``       "cpu", which None means too
-    ``precision``    "fast" or "exact"; None is exact if ``dtype`` is given as f32, else fast
+    ``precision``    "fast", "exact" or "int8"; None is exact if ``dtype`` is given as f32, else fast
     ``max_kv_size``  longest text, prompt and answer together; None is the smaller of 8192 and what
                      the model was trained for
     ``force``        loads it even if memory seems too small
@@ -52,8 +52,8 @@ def load_model(
         raise Q4MetalError(f"dtype is {dtype}, but activations are float32, bfloat16 or float16.")
     if precision is None:
         precision = "exact" if dtype == torch.float32 else "fast"
-    if precision not in ("exact", "fast"):
-        raise Q4MetalError(f"precision is {precision!r}, but must be 'fast' or 'exact'.")
+    if precision not in ("exact", "fast", "int8"):
+        raise Q4MetalError(f"precision is {precision!r}, but must be 'fast', 'exact' or 'int8'.")
 
     checkpoint = Checkpoint.open(path)
     family, config = read_family(checkpoint)

@@ -74,8 +74,8 @@ def load_packed(
     tensors of its own shares the embedding's. The module may be on the meta device; afterwards
     nothing is.
 
-    ``precision`` is that of the packed layers, "fast", "exact" or "int8" (None: their default). Raises
-    CheckpointError, naming the tensor, for one that is missing, does not fit, or has no place.
+    ``precision`` is that of the packed layers, "fast", "exact" or "int8" (None: their default).
+    Raises CheckpointError, naming the tensor, for one that is missing, does not fit, or has no place.
     """
     if device is not None and torch.device(device).type != "cpu":
         raise Q4MetalError(

@@ -39,7 +39,7 @@ def load_model(
 
     ``dtype``        of activations: None is f32 on the CPU
     ``device``       "cpu", which None means too
-    ``precision``    "fast", "exact" or "int8"; None is exact if ``dtype`` is given as f32, else fast
+    ``precision``    "fast", "exact" or "int8"; None is exact for ``dtype`` f32, else fast
     ``max_kv_size``  longest text, prompt and answer together; None is the smaller of 8192 and what
                      the model was trained for
     ``force``        loads it even if memory seems too small

@@ -75,7 +75,8 @@ def load_packed(
     nothing is.
 
     ``precision`` is that of the packed layers, "fast", "exact" or "int8" (None: their default).
-    Raises CheckpointError, naming the tensor, for one that is missing, does not fit, or has no place.
+    Raises CheckpointError, naming the tensor, for one that is missing, does not fit, or has no
+    place.
     """
     if device is not None and torch.device(device).type != "cpu":
         raise Q4MetalError(

@@ -28,6 +28,25 @@ Q4_INLINE float sum_of(Vec v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 
+template <int... kLanes> Q4_INLINE Vec shuffle(Vec a, Vec b) {
+  return __builtin_shufflevector(a, b, kLanes...);
+}
+
+// sum_of for eight vectors at once, in the same order: three additions a vector less a shuffle
+// each.
+Q4_INLINE Vec sums_of(const Vec* v) {
+  Vec fours[4]; // of vectors i and i + 4
+  for (int i = 0; i < 4; ++i)
+    fours[i] = shuffle<0, 1, 2, 3, 8, 9, 10, 11>(v[i], v[i + 4]) +
+               shuffle<4, 5, 6, 7, 12, 13, 14, 15>(v[i], v[i + 4]);
+  Vec twos[2];
+  for (int i = 0; i < 2; ++i)
+    twos[i] = shuffle<0, 8, 1, 9, 4, 12, 5, 13>(fours[2 * i], fours[2 * i + 1]) +
+              shuffle<2, 10, 3, 11, 6, 14, 7, 15>(fours[2 * i], fours[2 * i + 1]);
+  return shuffle<0, 1, 8, 9, 4, 5, 12, 13>(twos[0], twos[1]) +
+         shuffle<2, 3, 10, 11, 6, 7, 14, 15>(twos[0], twos[1]);
+}
+
 // a * b + c; the project compiles with -ffp-contract=off, so fusing has to be asked for.
 Q4_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
 #if defined(Q4_AVX2)
@@ -119,7 +138,8 @@ void swiglu(float* gate, const float* up, int64_t n) {
     gate[i] = gate[i] / (1.0f + exp1(-gate[i])) * up[i];
 }
 
-template <typename T> Q4_INLINE float dot(const float* x, const T* w, int64_t n) {
+// The eight partial sums of x . w over the whole vectors of n.
+template <typename T> Q4_INLINE Vec dot_lanes(const float* x, const T* w, int64_t n) {
   Vec sums[4] = {};
   int64_t i = 0;
   for (; i + 4 * kWidth <= n; i += 4 * kWidth)
@@ -127,10 +147,14 @@ template <typename T> Q4_INLINE float dot(const float* x, const T* w, int64_t n)
       sums[j] = multiply_add(load(x + i + j * kWidth), widen8(w + i + j * kWidth), sums[j]);
   for (; i + kWidth <= n; i += kWidth)
     sums[0] = multiply_add(load(x + i), widen8(w + i), sums[0]);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+template <typename T> Q4_INLINE float dot(const float* x, const T* w, int64_t n) {
   float rest = 0;
-  for (; i < n; ++i)
+  for (int64_t i = n / kWidth * kWidth; i < n; ++i)
     rest += x[i] * widen(w[i]);
-  return sum_of((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
+  return sum_of(dot_lanes(x, w, n)) + rest;
 }
 
 template <typename T>
@@ -193,10 +217,17 @@ template <typename T> void attend(const AttentionSplit& a) {
       const float* query = a.query + q * dim;
       float scores[kBlock];
       float largest = out[dim];
-      for (int p = 0; p < count; ++p) {
-        scores[p] = dot(query, keys + p * dim, dim) * a.scale;
-        largest = std::max(largest, scores[p]);
+      int p = 0;
+      for (; dim % kWidth == 0 && p + kWidth <= count; p += kWidth) {
+        Vec lanes[kWidth];
+        for (int j = 0; j < kWidth; ++j)
+          lanes[j] = dot_lanes(query, keys + (p + j) * dim, dim);
+        store(scores + p, sums_of(lanes) * a.scale);
       }
+      for (; p < count; ++p)
+        scores[p] = dot(query, keys + p * dim, dim) * a.scale;
+      for (p = 0; p < count; ++p)
+        largest = std::max(largest, scores[p]);
       for (int p = count; p < kBlock; ++p)
         scores[p] = -std::numeric_limits<float>::infinity();
       // Where nothing came before, e^-87 instead of 0: it meets zeros only.

@@ -23,14 +23,26 @@ SOURCES = [
     "csrc/cpu/executor.cpp",
     "csrc/cpu/executor_registry.cpp",
     "csrc/cpu/threads.cpp",
+    "csrc/cpu/cpu_features.cpp",
     "csrc/cpu/codec.cpp",
     "csrc/cpu/read_probe.cpp",
     "csrc/cpu/ref.cpp",
+    "csrc/cpu/amx_emulated.cpp",
     "csrc/plan/bindings.cpp",
     "csrc/plan/plan.cpp",
 ]
 if platform.machine().lower() in ("x86_64", "amd64"):
-    SOURCES += ["csrc/cpu/avx2.cpp", "csrc/cpu/avx2_split.cpp"]
+    SOURCES += [
+        "csrc/cpu/avx2.cpp",
+        "csrc/cpu/avx2_split.cpp",
+        "csrc/cpu/avx2_split_prepare.cpp",
+        "csrc/cpu/avx2_fast_gemm.cpp",
+        "csrc/cpu/avx2_int8_gemm.cpp",
+        "csrc/cpu/avx512.cpp",
+        "csrc/cpu/avx512_split.cpp",
+        "csrc/cpu/avx512_gemm.cpp",
+        "csrc/cpu/amx.cpp",
+    ]
 
 DEBUG = os.environ.get("DEBUG") == "1"
 # -ffp-contract=off: where MLX rounds a product and then a sum, the compiler must not fuse them.

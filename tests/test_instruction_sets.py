@@ -40,7 +40,7 @@ def test_unknown_name_is_refused_by_every_op():
 
 def test_the_best_is_chosen_and_each_can_be_forced():
     names = available()
-    assert names[-1] == "ref"
+    assert "ref" in names[-2:]  # after it at most the emulation of tiles, for tests
     show = "from torch_q4metal import ops; print(ops.cpu_kernels())"
     assert run(show, Q4METAL_CPU="").stdout.strip() == names[0]
     for name in names:

@@ -13,12 +13,19 @@ from hypothesis import strategies as st
 from torch_q4metal import ops, reference
 
 FORMATS = list(itertools.product(reference.BITS, reference.GROUP_SIZES))
-BOUND = {"exact": 1e-6, "fast": 1e-4}  # relative rms against float64
+PRECISIONS = ("exact", "fast", "int8")
 EXACT = {"precision": "exact"}
 
 
 def packed(rows, columns, group_size, bits, dtype=torch.float32):
     return reference.quantize(torch.randn(rows, columns).to(dtype), group_size, bits)
+
+
+def bound_of(precision, rows):
+    """Of the relative rms error against float64."""
+    if precision == "fast":
+        return 1e-4 if rows <= 8 else 3e-3
+    return {"exact": 1e-6, "int8": 3e-2}[precision]
 
 
 def relative_rms(result, expected):
@@ -44,15 +51,15 @@ def test_matmul_is_exact_over_formats(bits, group_size):
         w = packed(out_features, columns, group_size, bits, dtype)
         bias = torch.randn(out_features)
         x = torch.randn(rows, columns)
-        for precision in ("exact", "fast"):
+        for precision in PRECISIONS:
             y = ops.matmul(x, *w, bias, True, group_size, bits, "affine", precision)
             assert y.dtype == torch.float32
             expected = reference.matmul(x, *w, bias, True, group_size, bits)
-            assert relative_rms(y, expected) < BOUND[precision]
+            assert relative_rms(y, expected) < bound_of(precision, rows)
         back = torch.randn(rows, out_features)
         y = ops.matmul(back, *w, None, False, group_size, bits)
         expected = reference.matmul(back, *w, None, False, group_size, bits)
-        assert relative_rms(y, expected) < BOUND["exact"]
+        assert relative_rms(y, expected) < bound_of("exact", 1)
 
 
 @pytest.mark.parametrize("columns", [32, 64, 96, 576, 896, 1536, 4864, 18944])
@@ -62,9 +69,9 @@ def test_matmul_is_exact_over_columns(columns):
         for rows in (1, 2, 8, 9):
             x = torch.randn(rows, columns)
             expected = reference.matmul(x, *w, None, True, 32, bits)
-            for precision, bound in BOUND.items():
+            for precision in PRECISIONS:
                 y = ops.matmul(x, *w, None, True, 32, bits, precision=precision)
-                assert relative_rms(y, expected) < bound
+                assert relative_rms(y, expected) < bound_of(precision, rows)
 
 
 def test_transposed_matmul_is_exact_for_many_rows_of_w():
@@ -72,7 +79,7 @@ def test_transposed_matmul_is_exact_for_many_rows_of_w():
     for rows in (1, 3, 9):
         x = torch.randn(rows, 4099)
         y = ops.matmul(x, *w, None, False)
-        assert relative_rms(y, reference.matmul(x, *w, None, False)) < BOUND["exact"]
+        assert relative_rms(y, reference.matmul(x, *w, None, False)) < bound_of("exact", 1)
 
 
 @pytest.mark.parametrize("x_dtype", reference.FLOAT_DTYPES)
@@ -82,10 +89,10 @@ def test_result_dtype_is_promoted_and_rounded_once(x_dtype, scales_dtype):
     bias = torch.randn(24).to(torch.bfloat16)
     x = torch.randn(5, 128).to(x_dtype)
     expected = reference.matmul(x, *w, bias)
-    for precision, bound in BOUND.items():
+    for precision in PRECISIONS:
         y = ops.matmul(x, *w, bias, precision=precision)
         assert y.dtype == torch.promote_types(x_dtype, scales_dtype)
-        assert relative_rms(y, expected) < bound + rounding(y.dtype)
+        assert relative_rms(y, expected) < bound_of(precision, 5) + rounding(y.dtype)
         assert torch.equal(ops.matvec(x[0], *w, bias, precision=precision), y[0])
 
 
@@ -95,7 +102,7 @@ def test_scales_and_biases_of_two_dtypes():
     assert y.dtype == torch.float32
 
 
-@pytest.mark.parametrize("precision", BOUND)
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_row_does_not_depend_on_its_neighbours(precision):
     for bits, group_size in [(4, 32), (4, 64), (8, 64), (3, 128)]:
         w = packed(75, 640, group_size, bits, torch.bfloat16)
@@ -203,8 +210,9 @@ def test_extreme_scales():
     tiny = (half[0], torch.full_like(half[1], 6e-8), torch.full_like(half[2], -6e-8))  # subnormal
     for case in ((w[0], w[1] * 1e-30, w[2] * 1e-30), (w[0], w[1] * 1e30, w[2] * 1e30), tiny):
         expected = reference.matmul(x, *case)
-        for precision, bound in BOUND.items():
-            assert relative_rms(ops.matmul(x, *case, precision=precision), expected) < bound
+        for precision in PRECISIONS:
+            y = ops.matmul(x, *case, precision=precision)
+            assert relative_rms(y, expected) < bound_of(precision, 2)
 
 
 def test_x_of_zeros_and_of_one_spike():
@@ -213,8 +221,9 @@ def test_x_of_zeros_and_of_one_spike():
     spike = torch.full((1, 256), 1e-3)
     spike[0, 7] = 1000.0
     expected = reference.matmul(spike, *w)
-    for precision, bound in BOUND.items():
-        assert relative_rms(ops.matmul(spike, *w, precision=precision), expected) < bound
+    for precision in PRECISIONS:
+        y = ops.matmul(spike, *w, precision=precision)
+        assert relative_rms(y, expected) < bound_of(precision, 1)
 
 
 def test_nan_and_infinity_come_through():
@@ -223,5 +232,5 @@ def test_nan_and_infinity_come_through():
         for rows in (1, 9):
             x = torch.ones(rows, 128)
             x[0, 5] = value
-            for precision in BOUND:
+            for precision in PRECISIONS:
                 assert not ops.matmul(x, *w, precision=precision)[0].isfinite().any()

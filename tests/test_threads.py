@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 
 import torch
@@ -55,3 +56,33 @@ def test_a_forked_child_has_a_team_of_its_own():
     child.join(60)
     assert child.exitcode == 0, f"child of {os.getpid()} did not end"
     assert queue.get() == expected.tolist()
+
+
+def test_children_fork_off_while_other_threads_call():
+    """Whatever the parent's team is doing: its threads and its lock are not the child's."""
+    expected = ops.matmul(X, *W)
+    ended = threading.Event()
+
+    def call():
+        while not ended.is_set():
+            ops.matmul(X, *W)
+
+    callers = [threading.Thread(target=call) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+    try:
+        for _ in range(10):
+            child = os.fork()
+            if child == 0:  # nothing of pytest may run here
+                status = 1
+                try:
+                    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends it even inside of a call
+                    signal.alarm(30)
+                    status = 0 if torch.equal(ops.matmul(X, *W), expected) else 2
+                finally:
+                    os._exit(status)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        ended.set()
+        for caller in callers:
+            caller.join(60)

@@ -353,16 +353,26 @@ void gemm_transposed(const PackedMatrix& w, const float* x, int64_t rows, float*
   });
 }
 
+template <Precision kPrecision>
+constexpr MatvecKernel integer_matvec = {Avx2Matvec<kPrecision>::prepared_bytes,
+                                         Avx2Matvec<kPrecision>::prepare,
+                                         Avx2Matvec<kPrecision>::run};
+
+template <Precision kPrecision>
+constexpr GemmKernel integer_gemm = {Avx2Gemm<kPrecision>::prepared_bytes,
+                                     Avx2Gemm<kPrecision>::prepare, Avx2Gemm<kPrecision>::run};
+
 } // namespace
 
-const KernelTable avx2_kernels = {
-    "avx2",
-    {{prepared_bytes, prepare, matvec}, avx2_split_matvec, avx2_int8_matvec},
-    {{nothing_prepared, prepare_nothing, gemm},
-     {nothing_prepared, prepare_nothing, gemm},
-     {nothing_prepared, prepare_nothing, gemm}},
-    gemm_transposed,
-    vector_kernels};
+constinit const KernelTable avx2_kernels = {"avx2",
+                                            {{prepared_bytes, prepare, matvec},
+                                             integer_matvec<Precision::fast>,
+                                             integer_matvec<Precision::int8>},
+                                            {{nothing_prepared, prepare_nothing, gemm},
+                                             integer_gemm<Precision::fast>,
+                                             integer_gemm<Precision::int8>},
+                                            gemm_transposed,
+                                            vector_kernels};
 
 } // namespace q4metal::cpu
 

@@ -22,7 +22,22 @@
 
 namespace q4metal::cpu {
 
-extern const MatvecKernel avx2_split_matvec, avx2_int8_matvec;
+// The functions of the integer kernels, for fast and int8. Functions, not kernels: a table made of
+// their addresses needs no code to run when the library is loaded.
+template <Precision kPrecision> struct Avx2Matvec {
+  static size_t prepared_bytes(const PackedMatrix& w, int64_t rows);
+  static void prepare(const PackedMatrix& w, const float* x, int64_t rows, std::byte* prepared);
+  static void run(const PackedMatrix& w, const std::byte* prepared, int64_t rows, float* y,
+                  int64_t begin, int64_t end);
+};
+
+template <Precision kPrecision> struct Avx2Gemm {
+  static size_t prepared_bytes(const PackedMatrix& w, int64_t rows);
+  static void prepare(const PackedMatrix& w, const float* x, int64_t rows, int64_t first,
+                      int64_t last, std::byte* prepared);
+  static void run(const PackedMatrix& w, const float* x, const std::byte* prepared, int64_t rows,
+                  float* y, int64_t begin, int64_t end);
+};
 
 namespace {
 

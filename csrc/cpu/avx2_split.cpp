@@ -1,317 +1,393 @@
-// The fast matvec for AVX2: 16-bit activations (split.h), integer sums per group.
+// The fast and the int8 matvec for AVX2: integer activations (split.h), integer sums per group,
+// eight groups side by side (avx2_split.h).
 //
-// 4 bits: bytes hold codes 2j and 2j + 1, so x16 is stored as two int8 planes, high and low, each
-// split into even and odd k. maddubs(15, -128) twice is 7680, far from the int16 limit, so the
-// planes are added before they are widened: 12 instructions for 64 weights, against 27 of the float
-// kernel. Other widths become bytes first and meet x16 as int16 (maddubs would saturate for 8 bits:
-// 255 * 127 * 2 > 32767).
-#include <type_traits>
+// 4 bits: bytes hold codes 2j and 2j + 1, so x16 comes as two int8 planes, high and low, each split
+// into even and odd k; int8 activations are the low plane alone. maddubs(15, -128) is at most 3840,
+// so a lane of int16 takes eight of them before it is widened: 13.6 instructions for 64 weights.
+// Other widths become int16 first (maddubs would saturate for 8 bits: 255 * 127 * 2 > 32767).
+#include <array>
 
-#include "split.h"
-
-#include "avx2.h" // from here on everything compiles for AVX2
+#include "avx2_split.h"
 
 namespace q4metal::cpu {
 namespace {
 
-// Codes that one vector of packed (4 bits) or unpacked bytes holds.
-constexpr int64_t unit_codes(int bits) { return bits == 4 ? 64 : 32; }
-
-// A prepared row: codes of 2 bytes for whole units, then per group its sx and float(sum x16) * sx,
-// each padded with zeros to whole turns of the 16 lanes.
-struct PreparedRow {
-  int64_t codes, groups;
-
-  explicit PreparedRow(const PackedMatrix& w)
-      : codes(round_up(w.in_features, 64)), groups(round_up(w.groups(), kSplitLanes)) {}
-  int64_t bytes() const { return round_up(codes * 2 + groups * 8, 64); }
-  const float* scales(const std::byte* row) const {
-    return reinterpret_cast<const float*>(row + codes * 2);
-  }
-  const float* sums(const std::byte* row) const { return scales(row) + groups; }
-};
-
-size_t prepared_bytes(const PackedMatrix& w, int64_t rows) { return rows * PreparedRow(w).bytes(); }
-
-// By comparison of bits, as split_scale wants it.
-float largest_magnitude(const float* x, int64_t count) {
-  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
-  __m256i largest = _mm256_setzero_si256();
-  for (int64_t k = 0; k < count; k += 8) {
-    const __m256i bits = _mm256_castps_si256(_mm256_loadu_ps(x + k));
-    largest = _mm256_max_epi32(largest, _mm256_and_si256(magnitude, bits));
-  }
-  __m128i four =
-      _mm_max_epi32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
-  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1));
-  return _mm_cvtss_f32(_mm_castsi128_ps(four));
+// Keeps the compiler from moving or regrouping what v is computed from.
+Q4_INLINE __m256i in_order(__m256i v) {
+  asm("" : "+x"(v));
+  return v;
 }
 
-int32_t horizontal_sum(__m256i v) {
-  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-  return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
-}
+// ---- one turn: eight groups of W
 
-// 32 x16 in natural order as two vectors, and their sum.
-int32_t round_32(const float* x, __m256 inverse, __m256i* out) {
-  __m256i part[4], sum = _mm256_setzero_si256();
-  for (int i = 0; i < 4; ++i) {
-    part[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), inverse));
-    sum = _mm256_add_epi32(sum, part[i]);
-  }
-  // packs works within 128-bit halves: the middle quarters change places.
-  out[0] = _mm256_permute4x64_epi64(_mm256_packs_epi32(part[0], part[1]), 0xd8);
-  out[1] = _mm256_permute4x64_epi64(_mm256_packs_epi32(part[2], part[3]), 0xd8);
-  return horizontal_sum(sum);
-}
+template <int kBits, int kGroup, int kPlanes> struct Turn {
+  static constexpr int kGroupBytes = kGroup * kBits / 8;
+  static constexpr int kBytes = kTurnGroups * kGroupBytes;
+  static constexpr int kBlocks = kGroup / half_codes(kBits);
+  static constexpr int kCodeVectors = kBits == 4 || kBits == 8 ? 8 : 4;
+  static constexpr int kBlockX = strings_of(kBits, kPlanes) * 4 * 32; // bytes of x
+  static constexpr int kTurnX = kBlocks * kBlockX;
+  // Bytes that reads of codes reach beyond the codes they want.
+  static constexpr int kOverread = kBits == 4 || kBits == 8 ? 0 : 16 - 2 * kBits;
+  // A vector of weights holds two groups; else four vectors hold four groups, and a turn has two
+  // such quads.
+  static constexpr bool kPairs = kBlocks == 1;
+  static constexpr int kQuads = kPairs ? 1 : 2;
+  // Blocks whose reads are issued together. Two: from memory 1.65 ns for 64 weights against 1.91,
+  // because the cache lines of a turn are then asked for in order and at once.
+  static constexpr int kAtOnce = kPairs ? 1 : 2;
+  static constexpr int kChunks = kBlocks / kQuads; // blocks of a quad
 
-// 16 bytes each of high even, high odd, low even, low odd, from 32 x16.
-void store_planes(const __m256i* x16, std::byte* out) {
-  __m256i even[2], odd[2];
-  for (int i = 0; i < 2; ++i) {
-    even[i] = _mm256_srai_epi32(_mm256_slli_epi32(x16[i], 16), 16);
-    odd[i] = _mm256_srai_epi32(x16[i], 16);
-  }
-  const auto store = [](std::byte* to, __m256i first, __m256i second) {
-    const __m256i words = _mm256_packs_epi32(first, second); // 0-3 8-11 | 4-7 12-15
-    const __m256i bytes = _mm256_packs_epi16(words, words);  // each half twice
-    const __m128i low = _mm256_castsi256_si128(bytes), high = _mm256_extracti128_si256(bytes, 1);
-    _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm_unpacklo_epi32(low, high));
-  };
-  const __m256i half = _mm256_set1_epi32(128);
-  const auto high_byte = [&](__m256i v) { return _mm256_srai_epi32(_mm256_add_epi32(v, half), 8); };
-  const auto low_byte = [&](__m256i v) {
-    return _mm256_sub_epi32(v, _mm256_slli_epi32(high_byte(v), 8));
-  };
-  store(out, high_byte(even[0]), high_byte(even[1]));
-  store(out + 32, high_byte(odd[0]), high_byte(odd[1]));
-  store(out + 64, low_byte(even[0]), low_byte(even[1]));
-  store(out + 96, low_byte(odd[0]), low_byte(odd[1]));
-}
-
-template <Precision kPrecision>
-void prepare(const PackedMatrix& w, const float* x, int64_t rows, std::byte* prepared) {
-  const SplitFormat format = split_format(kPrecision, w.group_size);
-  const PreparedRow layout(w);
-  for (int64_t m = 0; m < rows; ++m, x += w.in_features, prepared += layout.bytes()) {
-    std::memset(prepared + (layout.codes - 64) * 2, 0, layout.bytes() - (layout.codes - 64) * 2);
-    float* scales = const_cast<float*>(layout.scales(prepared));
-    float* sums = const_cast<float*>(layout.sums(prepared));
-    for (int64_t first = 0; first < w.in_features; first += format.block) {
-      const int64_t last = std::min(first + format.block, w.in_features);
-      const SplitScale s = split_scale(largest_magnitude(x + first, last - first), format.range);
-      const __m256 inverse = _mm256_set1_ps(s.inverse);
-      int32_t sum = 0;
-      for (int64_t k = first; k < last; k += 32) {
-        __m256i x16[2];
-        sum += round_32(x + k, inverse, x16);
-        if (w.bits == 4) {
-          store_planes(x16, prepared + k / 64 * 128 + k % 64 / 2);
-        } else {
-          _mm256_store_si256(reinterpret_cast<__m256i*>(prepared + 2 * k), x16[0]);
-          _mm256_store_si256(reinterpret_cast<__m256i*>(prepared + 2 * k) + 1, x16[1]);
-        }
-        if ((k + 32) % w.group_size == 0) {
-          scales[k / w.group_size] = s.scale;
-          sums[k / w.group_size] = float(sum) * s.scale;
-          sum = 0;
-        }
-      }
-    }
-  }
-}
-
-Q4_INLINE __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-
-// ---- where codes come from: two vectors per unit of 4 bits, one per unit of other widths
-
-struct Packed4 {
-  const uint8_t* row;
-
-  // `half`: only the first 32 codes exist.
-  Q4_INLINE void unit(int64_t k, bool half, __m256i* out) const {
-    const uint8_t* p = row + k / 2;
-    const __m256i v =
-        half ? _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))
-             : load(p);
-    const __m256i nibble = _mm256_set1_epi8(15);
-    out[0] = _mm256_and_si256(v, nibble);
-    out[1] = _mm256_and_si256(_mm256_srli_epi16(v, 4), nibble);
-  }
-};
-
-struct Packed8 {
-  const uint8_t* row;
-
-  Q4_INLINE void unit(int64_t k, bool, __m256i* out) const { out[0] = load(row + k); }
-};
-
-template <int kBits> struct PackedOdd {
-  const uint8_t* row;
-
-  Q4_INLINE void unit(int64_t k, bool, __m256i* out) const {
-    alignas(32) uint64_t bytes[4];
+  // What block `b` reads of W.
+  Q4_INLINE static void read(const uint8_t* turn, int b, __m256i* out) {
+    const int stride = kPairs ? 32 : kGroupBytes;
+    const uint8_t* p =
+        turn + b / kChunks * 4 * kGroupBytes + b % kChunks * 2 * half_codes(kBits) * kBits / 8;
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i)
-      bytes[i] = _pdep_u64(eight_codes<kBits>(row + k * kBits / 8, i),
-                           0x0101010101010101u * ((1 << kBits) - 1));
-    out[0] = load(bytes);
+      out[i] = kCodeVectors == 8 ? load(p + i * stride) : widen_16(p + i * stride);
   }
-};
 
-template <int kBits>
-using Packed = std::conditional_t<kBits == 4, Packed4,
-                                  std::conditional_t<kBits == 8, Packed8, PackedOdd<kBits>>>;
-
-// What `Packed` gave, kept for several rows of x.
-template <int kBits> struct Expanded {
-  const std::byte* bytes;
-  int64_t origin;
-
-  Q4_INLINE void unit(int64_t k, bool, __m256i* out) const {
-    const std::byte* p = bytes + (k - origin);
-    out[0] = load(p);
-    if constexpr (kBits == 4)
-      out[1] = load(p + 32);
-  }
-};
-
-// ---- sums
-
-template <int kBits> Q4_INLINE __m256i unit_sum(const __m256i* codes, const std::byte* x) {
-  if constexpr (kBits == 4) {
-    const __m256i high = _mm256_add_epi16(_mm256_maddubs_epi16(codes[0], load(x)),
-                                          _mm256_maddubs_epi16(codes[1], load(x + 32)));
-    const __m256i low = _mm256_add_epi16(_mm256_maddubs_epi16(codes[0], load(x + 64)),
-                                         _mm256_maddubs_epi16(codes[1], load(x + 96)));
-    return _mm256_add_epi32(_mm256_madd_epi16(high, _mm256_set1_epi16(256)),
-                            _mm256_madd_epi16(low, _mm256_set1_epi16(1)));
-  } else {
-    const __m256i first = _mm256_cvtepu8_epi16(_mm256_castsi256_si128(codes[0]));
-    const __m256i second = _mm256_cvtepu8_epi16(_mm256_extracti128_si256(codes[0], 1));
-    return _mm256_add_epi32(_mm256_madd_epi16(first, load(x)),
-                            _mm256_madd_epi16(second, load(x + 32)));
-  }
-}
-
-// Lanes of four vectors added within 128-bit halves: four low sums, then four high sums.
-Q4_INLINE __m256i half_sums(const __m256i* v) {
-  return _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
-}
-
-// The sums t of groups [g, g + 8) in order; `count` of them exist (8 in the main loop).
-template <int kBits, int kGroup, bool kAll, typename Codes>
-Q4_INLINE __m256i group_sums(const Codes& codes, const std::byte* x, int64_t g, int64_t count) {
-  constexpr int64_t kUnit = unit_codes(kBits);
-  if constexpr (kUnit > kGroup) { // a unit of 64 codes holds two groups of 32, one in each half
-    __m256i v[4];
+  // Its codes in the order of its x. Changes v.
+  Q4_INLINE static void unpack(__m256i* v, __m256i* codes) {
+    transpose(v);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      v[i] = _mm256_setzero_si256();
-      if (!kAll && 2 * i >= count)
-        continue;
-      __m256i c[2];
-      const int64_t k = (g + 2 * i) * kGroup;
-      codes.unit(k, !kAll && 2 * i + 1 >= count, c);
-      v[i] = unit_sum<kBits>(c, x + 2 * k);
+      if constexpr (kBits == 4) {
+        const __m256i nibble = _mm256_set1_epi8(15);
+        codes[i] = _mm256_and_si256(v[i], nibble);
+        codes[4 + i] = _mm256_and_si256(_mm256_srli_epi16(v[i], 4), nibble);
+      } else if constexpr (kBits == 8) {
+        codes[i] = _mm256_and_si256(v[i], _mm256_set1_epi16(255));
+        codes[4 + i] = _mm256_srli_epi16(v[i], 8);
+      } else {
+        codes[i] = v[i];
+      }
     }
-    return _mm256_permutevar8x32_epi32(half_sums(v), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-  } else {
-    __m256i v[8];
+  }
+
+  // 16 codes of an odd width as int16, in order: the two bytes that hold a code are shuffled into
+  // each lane, and a multiplication shifts every code to the top of its own.
+  Q4_INLINE static __m256i widen_16(const uint8_t* p) {
+    alignas(32) static constexpr auto kBytesOf = [] {
+      std::array<uint8_t, 32> bytes{};
+      for (int j = 0; j < 16; ++j) {
+        bytes[2 * j] = uint8_t(j * kBits / 8);
+        bytes[2 * j + 1] = uint8_t(j * kBits / 8 + 1);
+      }
+      return bytes;
+    }();
+    alignas(32) static constexpr auto kFactorOf = [] {
+      std::array<uint16_t, 16> factors{};
+      for (int j = 0; j < 16; ++j)
+        factors[j] = uint16_t(1 << (16 - kBits - j * kBits % 8));
+      return factors;
+    }();
+    const __m256i window =
+        _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m256i words = _mm256_shuffle_epi8(window, load(kBytesOf.data()));
+    return _mm256_srli_epi16(_mm256_mullo_epi16(words, load(kFactorOf.data())), 16 - kBits);
+  }
+
+  // One lane of 32 bits per group, or per group and half of its codes.
+  Q4_INLINE static __m256i dot(const __m256i* codes, const std::byte* x) {
+    if constexpr (kBits == 4) {
+      // In order: GCC makes a tree of the additions, whose leaves do not fit the registers.
+      __m256i plane[kPlanes]; // high and low, or low
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-      v[i] = _mm256_setzero_si256();
-      if (!kAll && i >= count)
-        continue;
-#pragma GCC unroll 4
-      for (int u = 0; u < kGroup / kUnit; ++u) {
-        __m256i c[2];
-        const int64_t k = (g + i) * kGroup + u * kUnit;
-        codes.unit(k, false, c);
-        const __m256i sum = unit_sum<kBits>(c, x + 2 * k);
-        v[i] = u == 0 ? sum : _mm256_add_epi32(v[i], sum);
-      }
-    }
-    const __m256i first = half_sums(v), second = half_sums(v + 4);
-    return _mm256_add_epi32(_mm256_permute2x128_si256(first, second, 0x20),
-                            _mm256_permute2x128_si256(first, second, 0x31));
-  }
-}
-
-// The tree of split.h: lanes 8 apart here, then 4, 2, 1.
-Q4_INLINE float tree(__m256 low, __m256 high) { return horizontal_sum(_mm256_add_ps(low, high)); }
-
-// Row n of W for 1 row of x, or for several: then its codes are unpacked once, to memory in the
-// cache.
-template <int kBits, int kGroup, bool kSeveral>
-void matvec_row(const PackedMatrix& w, const std::byte* x, int64_t rows, int64_t n, float* y) {
-  const PreparedRow layout(w);
-  const int64_t groups = w.groups();
-  const Packed<kBits> packed{w.weight + n * w.row_stride()};
-  constexpr int kMost = kSeveral ? int(kMaxMatvecRows) : 1;
-  const int count_rows = kSeveral ? int(rows) : 1;
-  __m256 acc[kMost][2], off[kMost][2];
-  for (int m = 0; m < count_rows; ++m)
-    acc[m][0] = acc[m][1] = off[m][0] = off[m][1] = _mm256_setzero_ps();
-
-  const auto eight_groups = [&]<bool kAll>(int64_t g, int lane) __attribute__((always_inline)) {
-    const int64_t count = groups - g;
-    for (int64_t b = 0; b < kGroup * kBits; b += 64)
-      __builtin_prefetch(packed.row + g * kGroup * kBits / 8 + b + kPrefetchAhead);
-    const __m256 scale = load_groups(w, w.scales, n * groups + g, count);
-    const __m256 bias = load_groups(w, w.biases, n * groups + g, count);
-    alignas(32) std::byte expanded[kSeveral ? 8 * kGroup : 1];
-    if constexpr (kSeveral) {
-      constexpr int64_t kUnit = unit_codes(kBits);
-      const int64_t first = g * kGroup, last = std::min(first + 8 * kGroup, w.in_features);
-      for (int64_t k = first; k < last; k += kUnit) {
-        __m256i c[2];
-        packed.unit(k, last - k < kUnit, c);
-        std::memcpy(expanded + (k - first), c, kUnit);
-      }
-    }
-    for (int m = 0; m < count_rows; ++m) {
-      const std::byte* row = x + m * layout.bytes();
-      __m256i t;
-      if constexpr (kSeveral)
-        t = group_sums<kBits, kGroup, kAll>(Expanded<kBits>{expanded, g * kGroup}, row, g, count);
+      for (int i = 0; i < 8; ++i)
+#pragma GCC unroll 2
+        for (int p = 0; p < kPlanes; ++p) {
+          const __m256i product = _mm256_maddubs_epi16(codes[i], load(x + p * 256 + 32 * i));
+          plane[p] = i == 0 ? product : in_order(_mm256_add_epi16(plane[p], product));
+        }
+      const __m256i low = _mm256_madd_epi16(plane[kPlanes - 1], _mm256_set1_epi16(1));
+      if constexpr (kPlanes == 1)
+        return low;
       else
-        t = group_sums<kBits, kGroup, kAll>(packed, row, g, count);
-      const __m256 factor = _mm256_mul_ps(scale, _mm256_load_ps(layout.scales(row) + g));
-      acc[m][lane] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(t), factor, acc[m][lane]);
-      off[m][lane] = _mm256_fmadd_ps(bias, _mm256_load_ps(layout.sums(row) + g), off[m][lane]);
+        return _mm256_add_epi32(low, _mm256_madd_epi16(plane[0], _mm256_set1_epi16(256)));
+    } else {
+      __m256i sum = _mm256_madd_epi16(codes[0], load(x));
+#pragma GCC unroll 8
+      for (int i = 1; i < kCodeVectors; ++i)
+        sum = in_order(_mm256_add_epi32(sum, _mm256_madd_epi16(codes[i], load(x + 32 * i))));
+      return sum;
     }
-  };
-  int64_t g = 0;
-  for (; g + 16 <= groups; g += 16) {
-    eight_groups.template operator()<true>(g, 0);
-    eight_groups.template operator()<true>(g + 8, 1);
   }
-  if (g + 8 <= groups) {
-    eight_groups.template operator()<true>(g, 0);
-    if (g + 8 < groups)
-      eight_groups.template operator()<false>(g + 8, 1);
-  } else if (g < groups) {
-    eight_groups.template operator()<false>(g, 0);
+
+  // The sums t of the eight groups in order, from those of the quads (or pairs).
+  Q4_INLINE static __m256i join(const __m256i* quads) {
+    if constexpr (kPairs)
+      return _mm256_permutevar8x32_epi32(quads[0], _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    return _mm256_add_epi32(_mm256_blend_epi32(quads[0], quads[kQuads - 1], 0xf0),
+                            _mm256_permute2x128_si256(quads[0], quads[kQuads - 1], 0x21));
   }
-  for (int m = 0; m < count_rows; ++m)
-    y[m * w.out_features + n] = tree(acc[m][0], acc[m][1]) + tree(off[m][0], off[m][1]);
+};
+
+// ---- the sums t of many turns
+
+// Some turns of some lines of W, for all rows of x.
+struct Tile {
+  const uint8_t* codes; // of the first line's first turn
+  const uint8_t* end;   // of all codes of W
+  int64_t line_bytes;   // from line to line
+  int64_t ahead;        // bytes from a turn to what is to be prefetched
+  const std::byte* x;   // of the first turn
+  int64_t x_bytes;      // from row to row
+  int64_t rows, lines, turns;
+  int32_t* sums; // [lines, rows, turns * 8]
+};
+
+// The codes of a turn: in place, or in `copy` where reads would pass the end of the array.
+template <typename T>
+Q4_INLINE const uint8_t* readable(const uint8_t* turn, const uint8_t* end, uint8_t* copy) {
+  if (end - turn >= T::kBytes + T::kOverread) [[likely]]
+    return turn;
+  std::memset(copy, 0, T::kBytes + T::kOverread);
+  std::memcpy(copy, turn, std::clamp<int64_t>(end - turn, 0, T::kBytes));
+  return copy;
 }
 
+template <typename T> Q4_INLINE void prefetch(const uint8_t* p) {
+  for (int b = 0; b < T::kBytes; b += 64)
+    __builtin_prefetch(p + b);
+}
+
+Q4_INLINE void store(int32_t* to, __m256i v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v);
+}
+
+template <typename T> void sum_one(const Tile& tile) {
+  alignas(32) uint8_t copy[T::kBytes + T::kOverread];
+  const int64_t turns = tile.turns, ahead = tile.ahead;
+  const uint8_t* const end = tile.end;
+  int32_t* sums = tile.sums;
+  for (int64_t line = 0; line < tile.lines; ++line) {
+    const uint8_t* in_place = tile.codes + line * tile.line_bytes;
+    const std::byte* x = tile.x;
+    for (int64_t turn = 0; turn < turns; ++turn) {
+      prefetch<T>(in_place + ahead);
+      const uint8_t* codes = readable<T>(in_place, end, copy);
+      __m256i quads[T::kQuads];
+#pragma GCC unroll 8
+      for (int b = 0; b < T::kBlocks; b += T::kAtOnce) {
+        __m256i read[T::kAtOnce][4];
+#pragma GCC unroll 8
+        for (int i = 0; i < T::kAtOnce; ++i) {
+          T::read(codes, b + i, read[i]);
+          if (T::kCodeVectors == 8)
+            for (__m256i& v : read[i])
+              v = in_order(v);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < T::kAtOnce; ++i) {
+          __m256i c[T::kCodeVectors];
+          T::unpack(read[i], c);
+          const __m256i sum = T::dot(c, x + (b + i) * T::kBlockX);
+          __m256i& quad = quads[(b + i) / T::kChunks];
+          quad = (b + i) % T::kChunks == 0 ? sum : _mm256_add_epi32(quad, sum);
+        }
+      }
+      store(sums, T::join(quads));
+      sums += kTurnGroups;
+      in_place += T::kBytes;
+      x += T::kTurnX;
+    }
+  }
+}
+
+template <typename T> void sum_several(const Tile& tile) {
+  alignas(32) uint8_t copy[T::kBytes + T::kOverread];
+  const int64_t rows = tile.rows, x_bytes = tile.x_bytes, stride = tile.turns * kTurnGroups;
+  for (int64_t turn = 0; turn < tile.turns; ++turn)
+    for (int64_t line = 0; line < tile.lines; ++line) {
+      const uint8_t* in_place = tile.codes + line * tile.line_bytes + turn * T::kBytes;
+      prefetch<T>(in_place + tile.ahead);
+      const uint8_t* codes = readable<T>(in_place, tile.end, copy);
+      __m256i quads[kMaxMatvecRows][T::kQuads];
+#pragma GCC unroll 16
+      for (int b = 0; b < T::kBlocks; ++b) {
+        __m256i read[4], c[T::kCodeVectors];
+        T::read(codes, b, read);
+        T::unpack(read, c);
+        const std::byte* x = tile.x + turn * T::kTurnX + b * T::kBlockX;
+        for (int64_t m = 0; m < rows; ++m, x += x_bytes) {
+          const __m256i sum = T::dot(c, x);
+          __m256i& quad = quads[m][b / T::kChunks];
+          quad = b % T::kChunks == 0 ? sum : _mm256_add_epi32(quad, sum);
+        }
+      }
+      int32_t* sums = tile.sums + line * rows * stride + turn * kTurnGroups;
+      for (int64_t m = 0; m < rows; ++m, sums += stride)
+        store(sums, T::join(quads[m]));
+    }
+}
+
+template <int kPlanes> void sum_turns(const PackedMatrix& w, const Tile& tile) {
+  for_format(w, [&]<int kBits, int kGroup>() {
+    // Only 4 bits have planes: one instance serves both precisions of the other widths.
+    using T = Turn<kBits, kGroup, kBits == 4 ? kPlanes : 2>;
+    tile.rows == 1 ? sum_one<T>(tile) : sum_several<T>(tile);
+  });
+}
+
+// ---- from sums to y
+
+// The sums of one row of W and one of x; lanes as in split.h.
+struct Lanes {
+  __m256 acc[2], off[2];
+
+  // Eight groups.
+  Q4_INLINE void add(const int32_t* t, __m256 scale, __m256 bias, const float* x_scales,
+                     const float* x_sums, int half) {
+    const __m256 factor = _mm256_mul_ps(scale, _mm256_loadu_ps(x_scales));
+    acc[half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(load(t)), factor, acc[half]);
+    off[half] = _mm256_fmadd_ps(bias, _mm256_loadu_ps(x_sums), off[half]);
+  }
+  Q4_INLINE float result() const {
+    return horizontal_sum(_mm256_add_ps(acc[0], acc[1])) +
+           horizontal_sum(_mm256_add_ps(off[0], off[1]));
+  }
+};
+
+// Sums of groups [group, group + groups) of some rows of W, for one or several rows of x.
+struct Sums {
+  const PackedMatrix& w;
+  const PreparedRow& row;
+  const std::byte* x;
+  int64_t rows; // of x
+  int64_t group, groups;
+  bool is_first, is_last; // of the rows' groups
+
+  // Adds those of row n of W to `lanes` [rows]; t [rows, stride].
+  template <DType kDType, bool kSeveral>
+  Q4_INLINE void add(int64_t n, const int32_t* t, int64_t stride, Lanes* lanes, float* y) const {
+    const int64_t count = kSeveral ? rows : 1;
+    Lanes own[kSeveral ? kMaxMatvecRows : 1];
+    for (int64_t m = 0; m < count; ++m)
+      own[m] = is_first ? Lanes{} : lanes[m];
+    const auto eight = [&]<bool kAll>(int64_t g, int half) __attribute__((always_inline)) {
+      const int64_t at = n * row.groups + group + g;
+      __m256 scale, bias;
+      if constexpr (kAll) {
+        scale = load8(static_cast<const std::byte*>(w.scales) + at * size_of(kDType), kDType);
+        bias = load8(static_cast<const std::byte*>(w.biases) + at * size_of(kDType), kDType);
+      } else {
+        scale = load_groups(w, w.scales, at, groups - g);
+        bias = load_groups(w, w.biases, at, groups - g);
+      }
+      for (int64_t m = 0; m < count; ++m) {
+        const std::byte* xm = x + m * row.bytes();
+        own[m].add(t + m * stride + g, scale, bias, row.scales(xm) + group + g,
+                   row.sums(xm) + group + g, half);
+      }
+    };
+    int64_t g = 0;
+    for (; g + 16 <= groups; g += 16) {
+      eight.template operator()<true>(g, 0);
+      eight.template operator()<true>(g + 8, 1);
+    }
+    if (g + 8 <= groups) {
+      eight.template operator()<true>(g, 0);
+      g += 8;
+      if (g < groups)
+        eight.template operator()<false>(g, 1);
+    } else if (g < groups) {
+      eight.template operator()<false>(g, 0);
+    }
+    for (int64_t m = 0; m < count; ++m)
+      if (is_last)
+        y[m * w.out_features + n] = own[m].result();
+      else
+        lanes[m] = own[m];
+  }
+};
+
+// How much of W one tile takes.
+struct TileShape {
+  static constexpr int64_t kMaxSums = 2560, kOneRowSums = 1024, kManyLines = 8, kTileX = 16384;
+  int64_t lines, turns;
+
+  // One row of x: lines one after another. Several: the turns of x that fit the L1 cache meet
+  // eight lines.
+  TileShape(const PreparedRow& row, int64_t rows) {
+    turns = row.turns;
+    if (rows == 1) {
+      turns = std::min(turns, kOneRowSums / kTurnGroups);
+      lines = std::max<int64_t>(kOneRowSums / (turns * kTurnGroups), 1);
+    } else if (row.rows > 1) {
+      lines = std::max<int64_t>(kMaxSums / (rows * turns * kTurnGroups), 1);
+    } else {
+      lines = kManyLines;
+      // An even number: the next tile begins with lane 0 of the 16.
+      const int64_t fitting =
+          std::min(kTileX / (rows * row.turn_bytes), kMaxSums / (lines * rows * kTurnGroups));
+      turns = std::min(turns, std::max<int64_t>(fitting / 2, 1) * 2);
+    }
+  }
+};
+
+template <int kPlanes, DType kDType, bool kSeveral>
 void matvec(const PackedMatrix& w, const std::byte* prepared, int64_t rows, float* y, int64_t begin,
             int64_t end) {
-  for_format(w, [&]<int kBits, int kGroup>() {
-    for (int64_t n = begin; n < end; ++n)
-      rows == 1 ? matvec_row<kBits, kGroup, false>(w, prepared, rows, n, y)
-                : matvec_row<kBits, kGroup, true>(w, prepared, rows, n, y);
-  });
+  const PreparedRow row(w, kPlanes);
+  const TileShape shape(row, rows);
+  const int64_t line_bytes = row.rows * w.row_stride();
+  const int64_t turn_codes = kTurnGroups * w.group_size * w.bits / 8;
+  alignas(32) int32_t sums[TileShape::kMaxSums + kTurnGroups];
+  alignas(32) Lanes lanes[TileShape::kManyLines * kMaxMatvecRows];
+  for (int64_t n = begin; n < end;) {
+    const int64_t lines = std::clamp<int64_t>((end - n) / row.rows, 1, shape.lines);
+    const int64_t line_rows = std::min(row.rows, end - n);
+    const int64_t all_turns = (line_rows * row.groups + kTurnGroups - 1) / kTurnGroups;
+    for (int64_t turn = 0; turn < all_turns; turn += shape.turns) {
+      const int64_t turns = std::min(shape.turns, all_turns - turn);
+      const bool is_last = turn + turns == all_turns;
+      const int64_t next = is_last ? lines * line_bytes - turn * turn_codes : turns * turn_codes;
+      sum_turns<kPlanes>(w, {w.weight + n * w.row_stride() + turn * turn_codes,
+                             w.weight + w.out_features * w.row_stride(), line_bytes,
+                             kSeveral ? next : kPrefetchAhead, prepared + turn * row.turn_bytes,
+                             row.bytes(), rows, lines, turns, sums});
+      const int64_t group = turn * kTurnGroups, stride = turns * kTurnGroups;
+      const Sums part{
+          w, row, prepared, rows, group, std::min(row.groups - group, stride), turn == 0, is_last};
+      for (int64_t line = 0; line < lines; ++line)
+        for (int64_t r = 0; r < line_rows; ++r)
+          part.add<kDType, kSeveral>(n + line * row.rows + r,
+                                     sums + line * rows * stride + r * row.groups, stride,
+                                     lanes + line * rows, y);
+    }
+    n += std::min(lines * row.rows, end - n);
+  }
+}
+
+template <int kPlanes, bool kSeveral>
+void matvec_rows(const PackedMatrix& w, const std::byte* prepared, int64_t rows, float* y,
+                 int64_t begin, int64_t end) {
+  switch (w.scales_dtype) {
+  case DType::f32:
+    return matvec<kPlanes, DType::f32, kSeveral>(w, prepared, rows, y, begin, end);
+  case DType::f16:
+    return matvec<kPlanes, DType::f16, kSeveral>(w, prepared, rows, y, begin, end);
+  case DType::bf16:
+    return matvec<kPlanes, DType::bf16, kSeveral>(w, prepared, rows, y, begin, end);
+  }
 }
 
 } // namespace
 
-const MatvecKernel avx2_split_matvec = {prepared_bytes, prepare<Precision::fast>, matvec};
-const MatvecKernel avx2_int8_matvec = {prepared_bytes, prepare<Precision::int8>, matvec};
+template <Precision kPrecision>
+void Avx2Matvec<kPrecision>::run(const PackedMatrix& w, const std::byte* prepared, int64_t rows,
+                                 float* y, int64_t begin, int64_t end) {
+  constexpr int kPlanes = planes_of(kPrecision);
+  rows == 1 ? matvec_rows<kPlanes, false>(w, prepared, rows, y, begin, end)
+            : matvec_rows<kPlanes, true>(w, prepared, rows, y, begin, end);
+}
+
+template void Avx2Matvec<Precision::fast>::run(const PackedMatrix&, const std::byte*, int64_t,
+                                               float*, int64_t, int64_t);
+template void Avx2Matvec<Precision::int8>::run(const PackedMatrix&, const std::byte*, int64_t,
+                                               float*, int64_t, int64_t);
 
 } // namespace q4metal::cpu
 

@@ -4,21 +4,31 @@
 #include <string>
 #include <vector>
 
+#include "amx.h"
+#include "cpu_features.h"
 #include "kernels.h"
 
 namespace q4metal::cpu {
 namespace {
 
-// Best first.
+// Best first. Emulated tiles come last: they are for tests on CPUs without AMX.
 std::vector<const KernelTable*> supported_tables() {
   std::vector<const KernelTable*> tables;
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2"))
+  if (has_amx()) {
+    static const KernelTable amx = amx_table(avx512_kernels);
+    tables.push_back(&amx);
+  }
+  if (has_avx512())
+    tables.push_back(&avx512_kernels);
+  if (has_avx2())
     tables.push_back(&avx2_kernels);
 #endif
   tables.push_back(&ref_kernels);
+  if (!has_amx()) {
+    static const KernelTable emulated = amx_emulated_table(*tables.front());
+    tables.push_back(&emulated);
+  }
   return tables;
 }
 

@@ -98,7 +98,7 @@ constexpr int64_t kColumnStep = 128; // whole groups of every size
 // The portable table, and those that this build has. A table is only for a CPU that supports it.
 extern const KernelTable ref_kernels;
 #if defined(__x86_64__)
-extern const KernelTable avx2_kernels;
+extern const KernelTable avx2_kernels, avx512_kernels;
 #endif
 
 // The table in use: Q4METAL_CPU if it is set, else the best that the CPU supports. Throws

@@ -1,0 +1,30 @@
+"""Builds and runs tests/kernels: every kernel table against ref and float64, without torch."""
+
+import os
+import subprocess
+from pathlib import Path
+
+SCRIPT = Path(__file__).with_name("kernels") / "build.sh"
+
+
+def build(folder: Path, compiler: str, target: str = "native", flags: str = "") -> Path:
+    """The program ``kernel_table`` for ``target``. Fails with what the compiler says."""
+    program = folder / "kernel_table"
+    result = subprocess.run(
+        ["sh", str(SCRIPT), compiler, target, str(program)],
+        env=os.environ | {"CXXFLAGS": flags}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return program
+
+
+def run(program: Path, *arguments: str, emulator: tuple[str, ...] = ()) -> str:
+    """What the program prints: a line a table, which says whether its instructions were emulated.
+
+    Fails if a check failed.
+    """
+    result = subprocess.run(
+        [*emulator, str(program), *arguments], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout

@@ -1,0 +1,11 @@
+"""The whole test of every kernel table under AddressSanitizer and UndefinedBehaviorSanitizer."""
+
+import os
+
+import kernel_table
+
+
+def test_every_table(tmp_path):
+    flags = "-g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+    program = kernel_table.build(tmp_path, os.environ.get("CXX", "c++"), flags=flags)
+    print(kernel_table.run(program))

@@ -60,6 +60,11 @@ class DecodePlan:
         norm = self._floats(decoder.norm.weight)
         self.native = _native.DecodePlan(shape, embedding, layers, norm, head, model.max_kv_size)
 
+    def __del__(self) -> None:
+        # Passes that other threads have under way read the weights: they end before those go.
+        if native := self.__dict__.get("native"):
+            native.release()
+
     def describe(self) -> str:
         """A line a step: kind, matrices, bytes, buffers read and written; and the barriers."""
         return self.native.describe()

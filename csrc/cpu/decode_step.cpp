@@ -40,8 +40,10 @@ void decode_step(int64_t handle, const at::Tensor& input, const at::Tensor& posi
                  const at::Tensor& rope, const at::Tensor& block_tables,
                  const std::optional<at::Tensor>& sampling, at::TensorList kv, at::Tensor& out) {
   const auto executor = find_executor(handle);
-  TORCH_CHECK_VALUE(executor != nullptr, "decode plan ", handle,
-                    " does not exist, or its model was freed");
+  const auto check_exists = [&](bool exists) {
+    TORCH_CHECK_VALUE(exists, "decode plan ", handle, " does not exist, or its model was freed");
+  };
+  check_exists(executor != nullptr);
   TORCH_CHECK_VALUE(!sampling.has_value() || !sampling->defined(),
                     "sampling on the device is not built for the CPU; pass None");
   const auto& shape = executor->plan().shape;
@@ -87,11 +89,12 @@ void decode_step(int64_t handle, const at::Tensor& input, const at::Tensor& posi
   check_tables(block_tables, at, blocks);
 
   at::Tensor logits = wants_tokens ? at::empty({rows, shape.vocab_size}, rope.options()) : out;
-  executor->run({rows, ids, at, rope.const_data_ptr<float>(),
-                 block_tables.const_data_ptr<int32_t>(), block_tables.size(1), slabs.data(),
-                 slab_blocks, logits.mutable_data_ptr<float>(),
-                 wants_tokens ? out.mutable_data_ptr<int64_t>() : nullptr},
-                at::get_num_threads());
+  const bool exists = executor->run({rows, ids, at, rope.const_data_ptr<float>(),
+                                     block_tables.const_data_ptr<int32_t>(), block_tables.size(1),
+                                     slabs.data(), slab_blocks, logits.mutable_data_ptr<float>(),
+                                     wants_tokens ? out.mutable_data_ptr<int64_t>() : nullptr},
+                                    at::get_num_threads());
+  check_exists(exists);
 }
 
 } // namespace

@@ -4,6 +4,7 @@
 #include <array>
 #include <atomic>
 #include <cstring>
+#include <mutex>
 #include <new>
 #include <type_traits>
 
@@ -431,8 +432,15 @@ private:
 
 } // namespace
 
-void Executor::run(const TokenInputs& inputs, int threads) {
-  std::lock_guard<std::mutex> turn(turn_);
+void Executor::close() {
+  std::lock_guard<ForkSafeLock> turn(turn_);
+  closed_ = true;
+}
+
+bool Executor::run(const TokenInputs& inputs, int threads) {
+  std::lock_guard<ForkSafeLock> turn(turn_);
+  if (closed_)
+    return false;
   workspace_->add_threads(threads);
   for (auto& counter : workspace_->next)
     counter.store(0, std::memory_order_relaxed);
@@ -454,6 +462,7 @@ void Executor::run(const TokenInputs& inputs, int threads) {
         }
       },
       &region);
+  return true;
 }
 
 } // namespace q4metal::cpu

@@ -2,10 +2,10 @@
 #pragma once
 
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "../plan/plan.h"
+#include "threads.h"
 
 namespace q4metal::cpu {
 
@@ -40,15 +40,20 @@ public:
   int64_t context() const { return context_; }
   int64_t workspace_bytes() const;
 
-  // Callers take turns. `threads` of them compute; results do not depend on how many.
-  void run(const TokenInputs& inputs, int threads);
+  // Callers take turns. `threads` of them compute; results do not depend on how many. False, and
+  // nothing was computed, after `close`.
+  bool run(const TokenInputs& inputs, int threads);
+
+  // Ends the executor's use of the weights: returns when the pass under way has ended.
+  void close();
 
 private:
   struct Workspace;
 
   plan::Plan plan_;
   int64_t context_;
-  std::mutex turn_;
+  ForkSafeLock turn_;
+  bool closed_ = false;
   std::unique_ptr<Workspace> workspace_;
 };
 

@@ -6,7 +6,7 @@
 namespace q4metal::cpu {
 namespace {
 
-std::mutex mutex;
+ForkSafeLock mutex;
 int64_t last_handle = 0;
 
 std::unordered_map<int64_t, std::shared_ptr<Executor>>& executors() {
@@ -17,20 +17,28 @@ std::unordered_map<int64_t, std::shared_ptr<Executor>>& executors() {
 } // namespace
 
 int64_t add_executor(std::shared_ptr<Executor> executor) {
-  std::lock_guard<std::mutex> lock(mutex);
+  std::lock_guard<ForkSafeLock> lock(mutex);
   executors()[++last_handle] = std::move(executor);
   return last_handle;
 }
 
 std::shared_ptr<Executor> find_executor(int64_t handle) {
-  std::lock_guard<std::mutex> lock(mutex);
+  std::lock_guard<ForkSafeLock> lock(mutex);
   const auto found = executors().find(handle);
   return found == executors().end() ? nullptr : found->second;
 }
 
 void remove_executor(int64_t handle) {
-  std::lock_guard<std::mutex> lock(mutex);
-  executors().erase(handle);
+  std::shared_ptr<Executor> executor;
+  {
+    std::lock_guard<ForkSafeLock> lock(mutex);
+    const auto found = executors().find(handle);
+    if (found == executors().end())
+      return;
+    executor = std::move(found->second);
+    executors().erase(found);
+  }
+  executor->close();
 }
 
 } // namespace q4metal::cpu

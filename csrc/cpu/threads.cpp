@@ -106,13 +106,21 @@ private:
 
 // Leaked on purpose, see add_worker. A forked child has none of the threads: it starts a new team.
 std::atomic<Team*> team{nullptr};
+std::atomic<uint32_t> generation{1}; // of this process: forks that led to it
 
-Team& current_team() {
+void watch_forks() {
   static std::once_flag once;
   std::call_once(once, [] {
     team.store(new Team);
-    pthread_atfork(nullptr, nullptr, [] { team.store(new Team); });
+    pthread_atfork(nullptr, nullptr, [] {
+      team.store(new Team);
+      generation.fetch_add(1);
+    });
   });
+}
+
+Team& current_team() {
+  watch_forks();
   return *team.load();
 }
 
@@ -131,6 +139,25 @@ void run_together(int count, ThreadTask task, void* context) {
   if (count <= 1)
     return task(context, 0);
   current_team().run(count, task, context, true);
+}
+
+void ForkSafeLock::lock() {
+  watch_forks();
+  const uint32_t own = generation.load();
+  for (;;) {
+    uint32_t holder = 0;
+    if (holder_.compare_exchange_strong(holder, own, std::memory_order_acq_rel))
+      return;
+    if (holder == own)
+      holder_.wait(own, std::memory_order_acquire);
+    else if (holder_.compare_exchange_strong(holder, own, std::memory_order_acq_rel))
+      return; // its thread was left behind in the parent
+  }
+}
+
+void ForkSafeLock::unlock() {
+  holder_.store(0, std::memory_order_release);
+  holder_.notify_one();
 }
 
 void Barrier::wait() {

@@ -18,6 +18,17 @@ void run_on_team(int count, ThreadTask task, void* context);
 // As run_on_team, but all parts run at the same time, so that they may wait for each other.
 void run_together(int count, ThreadTask task, void* context);
 
+// A lock for std::lock_guard that a forked child can take although another thread of its parent
+// held it: that thread does not exist in the child, where a std::mutex would stay locked for ever.
+class ForkSafeLock {
+public:
+  void lock();
+  void unlock();
+
+private:
+  std::atomic<uint32_t> holder_{0}; // the generation of the process whose thread holds it
+};
+
 // Where `count` threads of run_together wait for each other. Spins for a while (a step of decoding
 // takes microseconds) and then gives the core up: with more threads than cores somebody else needs
 // it.

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <stdexcept>
+#include <utility>
 
 #include "../cpu/executor_registry.h"
 #include "plan.h"
@@ -36,7 +37,13 @@ public:
             build(shape, embedding, layers, at<float>(final_norm), head), context)),
         handle_(cpu::add_executor(executor_)) {}
   DecodePlan(const DecodePlan&) = delete;
-  ~DecodePlan() { cpu::remove_executor(handle_); }
+  ~DecodePlan() { release(); }
+
+  // Ends the handle and waits for passes under way; they need no Python lock.
+  void release() {
+    if (handle_ != 0)
+      cpu::remove_executor(std::exchange(handle_, 0));
+  }
 
   int64_t handle() const { return handle_; }
   const Plan& plan() const { return executor_->plan(); }
@@ -102,6 +109,7 @@ void bind(py::module_& m) {
                     const Segment&, int64_t>(),
            py::arg("shape"), py::arg("embedding"), py::arg("layers"), py::arg("final_norm"),
            py::arg("head"), py::arg("context"))
+      .def("release", &DecodePlan::release, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("handle", &DecodePlan::handle)
       .def_property_readonly("weight_bytes",
                              [](const DecodePlan& p) { return p.plan().weight_bytes(); })

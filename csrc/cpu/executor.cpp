@@ -111,8 +111,9 @@ Executor::Executor(plan::Plan plan, int64_t context)
     for (const Segment& segment : step.segments) {
       widest_input = std::max(widest_input, segment.in_features());
       if (const auto* packed = std::get_if<PackedMatrix>(&segment.matrix))
-        w.prepared_bytes = std::max(
-            w.prepared_bytes, table.matvec(shape.precision).prepared_bytes(*packed, kMaxRows));
+        for (int64_t rows = 1; rows <= kMaxRows; ++rows) // few rows may take another kernel
+          w.prepared_bytes = std::max(w.prepared_bytes,
+                                      table.matvec(shape.precision).prepared_bytes(*packed, rows));
     }
   w.input_floats = kMaxRows * widest_input;
   w.block_floats = 2 * plan::kBlockPositions * shape.head_dim;

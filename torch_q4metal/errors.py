@@ -30,3 +30,7 @@ class MemoryLimitError(Q4MetalError):
 
 class ContextLengthError(Q4MetalError):
     """A prompt is longer than the context that the model or the KV cache allows."""
+
+
+class PipelineError(Q4MetalError):
+    """The ranks of a pipeline do not fit each other, or one of them cannot be reached."""

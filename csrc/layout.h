@@ -1,16 +1,23 @@
-// The packed layout of MLX's affine quantization; every kernel reads its constants from here.
+// The packed layout of MLX's affine quantization; every kernel reads its constants from here. One
+// text for C++ and for the .metal files (C++14 with address spaces).
 //
 // A matrix W [N, K] is stored as weight [N, K * bits / 32] words, scales and biases [N, K /
 // group_size]. A row of weight is one little-endian bit stream: code k occupies bits [k * bits, (k
 // + 1) * bits). W[n][k] = scales[n][k / group_size] * code[n][k] + biases[n][k / group_size].
 #pragma once
 
+// Constants at namespace scope live in Metal's constant address space.
+#ifdef __METAL_VERSION__
+#define Q4_CONSTANT constant constexpr
+#else
 #include <cstdint>
+#define Q4_CONSTANT constexpr
+#endif
 
 namespace q4metal {
 
 // 32 codes are `bits` whole words for every width: no group starts inside a word.
-constexpr int kCodesPerRun = 32;
+Q4_CONSTANT int kCodesPerRun = 32;
 
 constexpr bool is_supported_bits(int64_t bits) {
   return bits == 2 || bits == 3 || bits == 4 || bits == 5 || bits == 6 || bits == 8;

@@ -1,0 +1,186 @@
+"""Compiles Metal text into a shared object: clang (from the ziglang wheel) for the text, the host's C++
+compiler for the executor. Results are kept by the hash of everything that goes in.
+"""
+
+import hashlib
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import ziglang
+
+from .lexer import MetalSyntaxError
+from .lint import lint
+from .rewrite import rewrite
+
+HERE = Path(__file__).parent
+RUNTIME, HOST = HERE / "runtime", HERE / "host"
+_CLANG = [str(Path(ziglang.__file__).parent / "zig"), "clang", "-target", "x86_64-linux-gnu"]
+_LANGUAGE = ["-x", "c++", "-std=c++17", "-nostdinc"]
+# Literals without suffix are float in Metal; half and bfloat round after every operation.
+_MEANING = [
+    "-Xclang", "-cl-single-precision-constant",
+    "-Xclang", "-ffloat16-excess-precision=none", "-Xclang", "-fbfloat16-excess-precision=none",
+    "-ffp-contract=on", "-fno-math-errno", "-march=x86-64-v3",
+]  # fmt: skip
+_CODE = ["-fPIC", "-gline-tables-only", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"]
+_WARNINGS = [
+    "-Wno-everything", "-Wimplicit-float-conversion", "-Werror=vec-elem-size", "-Werror=uninitialized",
+    "-Werror=sometimes-uninitialized", "-Werror=return-type", "-Werror=array-bounds",
+]  # fmt: skip
+_SANITIZERS = [
+    "-fsanitize=thread,bounds,shift,integer-divide-by-zero,unreachable,return",
+    "-fno-sanitize-recover=all",
+]
+# ThreadSanitizer tells of accesses up to 16 bytes only, so nothing may be vectorized beyond.
+_CHECKED = [
+    "-O1", "-fsanitize=thread", "-fno-vectorize", "-fno-slp-vectorize", "-mprefer-vector-width=128",
+    "-mllvm", "-tsan-instrument-func-entry-exit=0",
+]  # fmt: skip
+_SOURCES = {
+    "typed": ["executor.cpp", "dispatch.cpp", "faults.cpp", "fiber.cpp", "symbols.cpp"],
+    "check": [
+        "executor.cpp",
+        "dispatch.cpp",
+        "faults.cpp",
+        "fiber.cpp",
+        "symbols.cpp",
+        "checker.cpp",
+        "hooks.cpp",
+    ],
+}
+
+
+class MetalCompileError(ValueError):
+    """The text was rejected, by the lint or by the compiler; the first line says where and why."""
+
+
+def cache_folder() -> Path:
+    """Where builds are kept between runs."""
+    chosen = os.environ.get("MSL_CACHE")
+    return Path(chosen) if chosen else Path(tempfile.gettempdir()) / f"msl-{os.getuid()}"
+
+
+def build(
+    text: str, name: str, mode: str, include_dirs: Sequence[Path] = (), defines: Sequence[str] = ()
+) -> Path:
+    """The shared object of the Metal text ``text``, which diagnostics call ``name``.
+
+    ``mode`` is "typed" or "check". Raises MetalCompileError.
+    """
+    preprocessed = _preprocess(text, name, include_dirs, defines)
+    key = hashlib.sha256()
+    for part in (preprocessed, mode, *_tool_parts()):
+        key.update(part.encode() + b"\0")
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    result = folder / f"{Path(name).stem}-{mode}-{key.hexdigest()[:20]}.so"
+    if not result.exists():
+        problems = lint(preprocessed)
+        if problems:
+            raise MetalCompileError("\n".join(problems))
+        try:
+            source = f'#include "{HOST}/metal.h"\n' + rewrite(preprocessed)
+        except MetalSyntaxError as error:
+            raise MetalCompileError(str(error)) from None
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            _compile(source, Path(scratch), mode, _runtime(mode), result)
+    return result
+
+
+def _preprocess(text: str, name: str, include_dirs: Sequence[Path], defines: Sequence[str]) -> str:
+    include = [f"-I{HOST / 'include'}", *(f"-I{d}" for d in include_dirs)]
+    macros = ["-D__METAL__=1", "-D__METAL_VERSION__=310", *(f"-D{d}" for d in defines)]
+    command = [*_CLANG, "-E", *_LANGUAGE, *include, *macros, "-"]
+    return _run(command, f'# 1 "{name}"\n{text}').stdout
+
+
+@cache
+def _tool_parts() -> tuple[str, ...]:
+    """Everything besides the text that a build depends on."""
+    files = [*HOST.rglob("*"), *RUNTIME.iterdir(), *HERE.glob("*.py")]
+    version = subprocess.run([*_CLANG, "--version"], capture_output=True, text=True, check=True)
+    return (version.stdout, *(f.read_text() for f in sorted(files) if f.is_file()))
+
+
+def _run(command: list[str], text: str | None = None) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise MetalCompileError(_diagnosis(result.stderr))
+    return result
+
+
+def _diagnosis(stderr: str) -> str:
+    """The compiler's words with the first error on the first line."""
+    found = re.search(r"^(.*?:\d+):\d+: (?:fatal )?error: (.*)$", stderr, re.MULTILINE)
+    return (f"{found[1]}: {found[2]}\n" if found else "") + stderr[:6000]
+
+
+def _compile(source: str, scratch: Path, mode: str, runtime: list[str], result: Path) -> None:
+    code, object_ = scratch / "kernels.cpp", scratch / "kernels.o"
+    code.write_text(source)
+    front = [*_CLANG, *_LANGUAGE, *_MEANING, *_CODE, *_WARNINGS]
+    if mode == "typed":
+        checked = _run([*front, "-O2", "-c", str(code), "-o", str(object_)])
+    else:
+        ir = scratch / "kernels.ll"
+        checked = _run(
+            [*front, "-O1", *_SANITIZERS, "-DMSL_CHECK", "-Xclang", "-disable-llvm-passes",
+             "-S", "-emit-llvm", str(code), "-o", str(ir)]
+        )  # fmt: skip
+        ir.write_text(without_address_spaces(ir.read_text()))
+        _run([*_CLANG, *_CHECKED, "-march=x86-64-v3", "-fPIC", "-Wno-everything",
+              "-c", str(ir), "-o", str(object_)])  # fmt: skip
+    _reject_narrowing(checked.stderr)
+    library = scratch / "kernels.so"
+    _run(["c++", "-shared", "-o", str(library), str(object_), *runtime, "-lm", "-ldl",
+          "-Wl,--no-undefined", "-Wl,-Bsymbolic"])  # fmt: skip
+    library.replace(result)
+
+
+def _reject_narrowing(stderr: str) -> None:
+    """Metal converts float to bfloat only where the text says so; to half it does so by itself."""
+    pattern = r"^(.*?:\d+):\d+: warning: (implicit conversion .*? to 'bfloat'.*?) \["
+    found = re.search(pattern, stderr, re.MULTILINE)
+    if found:
+        raise MetalCompileError(f"{found[1]}: {found[2]}; write bfloat(...)")
+
+
+def _runtime(mode: str) -> list[str]:
+    """The executor's object files for ``mode``."""
+    key = hashlib.sha256("\0".join(_tool_parts()).encode()).hexdigest()[:20]
+    objects = []
+    for name in _SOURCES[mode]:
+        target = cache_folder() / f"runtime-{key}-{mode}-{Path(name).stem}.o"
+        if not target.exists():
+            partial = target.with_suffix(f".{os.getpid()}")
+            macros = ["-DMSL_CHECK"] if mode == "check" else []
+            _run(["c++", "-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", *macros,
+                  "-c", str(RUNTIME / name), "-o", str(partial)])  # fmt: skip
+            partial.replace(target)
+        objects.append(str(target))
+    return objects
+
+
+def without_address_spaces(ir: str) -> str:
+    """LLVM IR whose pointers are all of the default address space: ThreadSanitizer skips the others."""
+    ir = re.sub(r"addrspace\([123]\) ?", "", ir)
+    ir = re.sub(r"addrspacecast \(ptr ([^()]*?) to ptr\)", r"\1", ir)
+    ir = re.sub(r"(%[\w.]+) = addrspacecast ptr (\S+) to ptr", r"\1 = bitcast ptr \2 to ptr", ir)
+    ir = re.sub(
+        r"(@llvm\.[\w.]*?)((?:\.p[0123])+)", lambda m: m[1] + re.sub("[123]", "0", m[2]), ir
+    )
+    # Two declarations of one intrinsic may have become equal.
+    seen, lines = set(), []
+    for line in ir.split("\n"):
+        if line.startswith("declare "):
+            name = re.search(r"@([\w.]+)", line)
+            if name and name[1] in seen:
+                continue
+            seen.add(name[1] if name else "")
+        lines.append(line)
+    return "\n".join(lines)

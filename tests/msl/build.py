@@ -41,18 +41,8 @@ _CHECKED = [
     "-O1", "-fsanitize=thread", "-fno-vectorize", "-fno-slp-vectorize", "-mprefer-vector-width=128",
     "-mllvm", "-tsan-instrument-func-entry-exit=0",
 ]  # fmt: skip
-_SOURCES = {
-    "typed": ["executor.cpp", "dispatch.cpp", "faults.cpp", "fiber.cpp", "symbols.cpp"],
-    "check": [
-        "executor.cpp",
-        "dispatch.cpp",
-        "faults.cpp",
-        "fiber.cpp",
-        "symbols.cpp",
-        "checker.cpp",
-        "hooks.cpp",
-    ],
-}
+_EXECUTOR = ["executor", "dispatch", "faults", "fiber", "symbols"]
+_CHECKER = ["checker", "memory", "hooks"]
 
 
 class MetalCompileError(ValueError):
@@ -120,7 +110,7 @@ def _diagnosis(stderr: str) -> str:
     return (f"{found[1]}: {found[2]}\n" if found else "") + stderr[:6000]
 
 
-def _compile(source: str, scratch: Path, mode: str, runtime: list[str], result: Path) -> None:
+def _compile(source: str, scratch: Path, mode: str, runtime: str, result: Path) -> None:
     code, object_ = scratch / "kernels.cpp", scratch / "kernels.o"
     code.write_text(source)
     front = [*_CLANG, *_LANGUAGE, *_MEANING, *_CODE, *_WARNINGS]
@@ -137,7 +127,7 @@ def _compile(source: str, scratch: Path, mode: str, runtime: list[str], result: 
               "-c", str(ir), "-o", str(object_)])  # fmt: skip
     _reject_narrowing(checked.stderr)
     library = scratch / "kernels.so"
-    _run(["c++", "-shared", "-o", str(library), str(object_), *runtime, "-lm", "-ldl",
+    _run(["c++", "-shared", "-o", str(library), str(object_), runtime, "-lm", "-ldl",
           "-Wl,--no-undefined", "-Wl,-Bsymbolic"])  # fmt: skip
     library.replace(result)
 
@@ -150,20 +140,19 @@ def _reject_narrowing(stderr: str) -> None:
         raise MetalCompileError(f"{found[1]}: {found[2]}; write bfloat(...)")
 
 
-def _runtime(mode: str) -> list[str]:
-    """The executor's object files for ``mode``."""
-    key = hashlib.sha256("\0".join(_tool_parts()).encode()).hexdigest()[:20]
-    objects = []
-    for name in _SOURCES[mode]:
-        target = cache_folder() / f"runtime-{key}-{mode}-{Path(name).stem}.o"
-        if not target.exists():
-            partial = target.with_suffix(f".{os.getpid()}")
-            macros = ["-DMSL_CHECK"] if mode == "check" else []
-            _run(["c++", "-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", *macros,
-                  "-c", str(RUNTIME / name), "-o", str(partial)])  # fmt: skip
-            partial.replace(target)
-        objects.append(str(target))
-    return objects
+def _runtime(mode: str) -> str:
+    """The executor's object file for ``mode``, compiled in one piece: 3 s instead of 12."""
+    key = hashlib.sha256("\0".join(f.read_text() for f in sorted(RUNTIME.iterdir())).encode())
+    target = cache_folder() / f"runtime-{mode}-{key.hexdigest()[:20]}.o"
+    if not target.exists():
+        parts = _EXECUTOR + (_CHECKER if mode == "check" else [])
+        text = "".join(f'#include "{RUNTIME}/{name}.cpp"\n' for name in parts)
+        macros = ["-DMSL_CHECK"] if mode == "check" else []
+        partial = target.with_suffix(f".{os.getpid()}")
+        flags = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", *macros]
+        _run(["c++", *flags, "-x", "c++", "-c", "-", "-o", str(partial)], text)
+        partial.replace(target)
+    return str(target)
 
 
 def without_address_spaces(ir: str) -> str:

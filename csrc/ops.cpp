@@ -35,7 +35,9 @@ TORCH_LIBRARY(q4metal, m) {
   // One decoded token for each of R rows, 1 to 8, of the model behind the handle `plan`: input ids
   // int64 [R]; positions int64 [R]; rope float32 [R, 2, head_dim], cos and sin; block_tables int32
   // [R, blocks]; kv: the slabs [2, layers, blocks, kv_heads, 32, head_dim] of a KV pool, appended
-  // to; out: logits float32 [R, vocab_size], or greedy token ids int64 [R].
+  // to; out: logits float32 [R, vocab_size], or greedy token ids int64 [R]. The plan of a stage
+  // that does not embed takes residual rows float32 [R, hidden_size] as input, and one that has no
+  // head gives them.
   m.def("decode_step(int plan, Tensor input, Tensor positions, Tensor rope, Tensor block_tables, "
         "Tensor? sampling, Tensor(a!)[] kv, Tensor(b!) out) -> ()",
         tags);

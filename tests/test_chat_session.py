@@ -61,7 +61,7 @@ class Bench:
             raise self._strike[1]
 
     def _stream(self, *arguments: Any, **options: Any) -> Iterator[GenerationResponse]:
-        for response in stream_generate(*arguments, **options):
+        for response in stream_generate(*arguments, **options | {"logprobs": True}):
             self.logprobs.append(response.logprobs)
             yield response
 

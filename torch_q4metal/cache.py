@@ -79,6 +79,11 @@ class KVPool:
         self._owners[block] = 1
         return block
 
+    def hold(self, block: int) -> None:
+        """Makes the memory of a block that another process has allocated, for other layers."""
+        while len(self._owners) <= block:
+            self._grow()
+
     def share(self, block: int) -> None:
         self._owners[block] += 1
 

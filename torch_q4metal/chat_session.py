@@ -132,6 +132,7 @@ class ChatSession:
                 stop=self.stop,
                 cache=self._cache,
                 extra_eos_token_ids=self.extra_eos_token_ids,
+                logprobs=False,
             ):
                 last = response
                 answer.append(response.text)

@@ -12,10 +12,9 @@ no kernel may read them. Those are read into memory of their own instead: the sa
 from __future__ import annotations
 
 import logging
-import mmap
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -31,6 +30,7 @@ from .config import (
     read_json,
 )
 from .errors import CheckpointError, ConfigError
+from .mapped_file import MappedBytes, byte_ranges, map_ranges, read_tensor
 from .safetensors_header import DTYPE_NAMES, TensorInfo, printable, read_header
 
 __all__ = ["Checkpoint", "TensorInfo"]
@@ -57,7 +57,7 @@ class Checkpoint:
         self.path = path
         self.config = config
         self.tensors = tensors
-        self._mappings: dict[Path, mmap.mmap] = {}
+        self._mappings: dict[Path, list[MappedBytes]] = {}
         self._warned: set[QuantParams] = set()
 
     @classmethod
@@ -74,6 +74,11 @@ class Checkpoint:
         config = read_checkpoint_config(path)
         tensors = _merge(path, [read_header(file) for file in _weight_files(path)])
         return cls(path, config, _language_model(tensors))
+
+    def only(self, wanted: Callable[[str], bool]) -> Checkpoint:
+        """The tensors with these names alone: of the files no other byte is mapped or read."""
+        tensors = {name: info for name, info in self.tensors.items() if wanted(name)}
+        return Checkpoint(self.path, self.config, tensors)
 
     def __getstate__(self) -> dict[str, object]:
         """Without the mappings: a copy of a model, which may hold its checkpoint, maps anew."""
@@ -121,11 +126,10 @@ class Checkpoint:
         if info.numel == 0:
             return torch.empty(info.shape, dtype=dtype)
         if info.begin % dtype.itemsize and not self._is_packed(name):
-            return _read(info).view(dtype).view(info.shape)
-        mapping = self._mapping(info.file)
-        if info.end > len(mapping):
-            raise _shortened(info.file)
-        flat = torch.frombuffer(mapping, dtype=dtype, count=info.numel, offset=info.begin)
+            return read_tensor(info).view(dtype).view(info.shape)
+        mapping = self._mapping(info)
+        offset = info.begin - mapping.begin
+        flat = torch.frombuffer(mapping.memory, dtype=dtype, count=info.numel, offset=offset)
         return flat.view(info.shape)
 
     def quant_params(self, path: str, in_features: int | None = None) -> QuantParams | None:
@@ -208,36 +212,18 @@ class Checkpoint:
         path, _, key = name.rpartition(".")
         return key in ("weight", "scales", "biases") and self.has(f"{path}.scales")
 
-    def _mapping(self, file: Path) -> mmap.mmap:
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes of the files that are mapped so far."""
+        return sum(len(part.memory) for parts in self._mappings.values() for part in parts)
+
+    def _mapping(self, info: TensorInfo) -> MappedBytes:
+        """The mapping that the tensor lies in. A file's are made together, at the first need."""
+        file = info.file
         if file not in self._mappings:
-            try:
-                with file.open("rb") as stream:
-                    mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-            except (OSError, ValueError) as error:
-                raise CheckpointError(f"{file} cannot be mapped into memory: {error}.") from None
-            self._mappings[file] = mapping
-        return self._mappings[file]
-
-
-def _read(info: TensorInfo) -> Tensor:
-    """The bytes of a tensor, read. Through the mapping they would be in memory twice."""
-    raw = torch.empty(info.nbytes, dtype=torch.uint8)
-    view: memoryview = raw.numpy().data
-    try:
-        with info.file.open("rb", buffering=0) as stream:
-            stream.seek(info.begin)
-            while view:
-                count = stream.readinto(view)
-                if not count:
-                    raise _shortened(info.file)
-                view = view[count:]
-    except OSError as error:
-        raise CheckpointError(f"{info.file} cannot be read: {error.strerror or error}.") from None
-    return raw
-
-
-def _shortened(file: Path) -> CheckpointError:
-    return CheckpointError(f"{file} became shorter while it was being loaded.")
+            ranges = byte_ranges(t for t in self.tensors.values() if t.file == file)
+            self._mappings[file] = map_ranges(file, ranges)
+        return next(part for part in self._mappings[file] if info.end <= part.end)
 
 
 def _weight_files(path: Path) -> list[Path]:

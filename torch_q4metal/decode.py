@@ -38,7 +38,7 @@ class DecodePlan:
         """Raises ValueError, naming the matrix, where shapes do not fit; see ``is_supported``."""
         config = model.config
         self._rope = config.rope
-        self._vocab_size = config.vocab_size
+        self._width = config.vocab_size if model.part.has_head else config.hidden_size
         self._kept: list[Tensor] = []  # what the plan's addresses point into
         decoder: Any = model.model
         shape = _native.Shape(
@@ -48,17 +48,20 @@ class DecodePlan:
             kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
             vocab_size=config.vocab_size,
-            layers=config.num_hidden_layers,
+            layers=len(decoder.layers),
             norm_eps=config.rms_norm_eps,
             attention_scale=config.head_dim**-0.5,
             kv_dtype=_DTYPES[model.kv_dtype],
             precision=getattr(_native.Precision, min(_precisions(model), default="fast")),
         )
-        embedding = self._segment(decoder.embed_tokens)
-        head = embedding if config.tied else self._segment(model.lm_head)
+        table = self._segment(decoder.embed_tokens) if model.part.has_table else None
         layers = [self._layer(block) for block in decoder.layers]
-        norm = self._floats(decoder.norm.weight)
-        self.native = _native.DecodePlan(shape, embedding, layers, norm, head, model.max_kv_size)
+        head = None
+        if model.part.has_head:
+            matrix = table if config.tied else self._segment(model.lm_head)
+            head = _native.Head(self._floats(decoder.norm.weight), matrix)
+        embedding = table if model.part.embeds else None
+        self.native = _native.DecodePlan(shape, embedding, layers, head, model.max_kv_size)
 
     def __del__(self) -> None:
         # Passes that other threads have under way read the weights: they end before those go.
@@ -78,21 +81,31 @@ class DecodePlan:
         for tokens, sequence in zip(ids, cache, strict=True):
             sequence.reserve(len(tokens))
         flat = torch.tensor([token for tokens in ids for token in tokens])
-        places = [range(s.length, s.length + len(tokens)) for tokens, s in zip(ids, cache)]
+        counts = [len(tokens) for tokens in ids]
+        logits = self.advance(flat, cache, counts)
+        for tokens, sequence in zip(ids, cache, strict=True):
+            sequence.append(tokens)
+        return last_rows(logits, counts)
+
+    def advance(
+        self, x: Tensor, cache: List[Sequence], counts: List[int], out: Tensor | None = None
+    ) -> Tensor:
+        """What the plan makes of so many rows for each sequence, R in all: of ids [R], or residual
+        rows [R, hidden_size] f32 if it does not embed.
+
+        Returns logits [R, vocab_size] f32, or residual rows if it has no head, in ``out`` if that
+        is given. The sequences have room for their rows, and do not count them yet.
+        """
+        places = [range(s.length, s.length + count) for s, count in zip(cache, counts)]
         positions = torch.tensor([position for place in places for position in place])
         rope = torch.cat([
             torch.stack(self._rope.rows(place.start, len(place), place.stop), 1) for place in places
         ])  # fmt: skip
-        tables = _block_tables(cache, [len(tokens) for tokens in ids])
-        logits = torch.empty(len(flat), self._vocab_size)
-        pool = cache[0].pool
-        ops.decode_step(self.native.handle, flat, positions, rope, tables, pool.slabs, logits)
-        for tokens, sequence in zip(ids, cache, strict=True):
-            sequence.append(tokens)
-        if len(flat) == len(ids):
-            return logits
-        lengths = torch.tensor([len(tokens) for tokens in ids])
-        return logits[lengths.cumsum(0) - 1]
+        if out is None:
+            out = torch.empty(len(x), self._width)
+        tables = _block_tables(cache, counts)
+        ops.decode_step(self.native.handle, x, positions, rope, tables, cache[0].pool.slabs, out)
+        return out
 
     def _layer(self, block: Any) -> Any:
         attention, mlp = block.self_attn, block.mlp
@@ -147,7 +160,7 @@ def is_supported(model: CausalLM) -> bool:
     return (
         model.dtype == torch.float32
         and len(_precisions(model)) <= 1
-        and model.model.norm.weight.device.type == "cpu"
+        and next(model.parameters()).device.type == "cpu"
     )
 
 
@@ -177,6 +190,13 @@ def forward(model: CausalLM, ids: List[List[int]], cache: List[Sequence]) -> Ten
     if plan is not None and one_pool and sum(map(len, ids)) <= MATVEC_ROWS:
         return plan.forward(ids, cache)
     return model(torch.tensor(ids), cache, logits_to_keep=1)[:, -1]
+
+
+def last_rows(rows: Tensor, counts: List[int]) -> Tensor:
+    """The last row of each sequence, of rows [R, ...] that come so many a sequence."""
+    if len(rows) == len(counts):
+        return rows
+    return rows[torch.tensor(counts).cumsum(0) - 1]
 
 
 def _block_tables(cache: List[Sequence], counts: List[int]) -> Tensor:

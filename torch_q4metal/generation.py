@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from . import cache as kv
-from . import decode
+from .engine import Text, engine_of
 from .errors import ContextLengthError, Q4MetalError
 from .machine import peak_rss
 from .models.base import MATVEC_ROWS, CausalLM
 from .models.loading import load_model
-from .sampling import LogitsProcessor, Sampler, SamplingParams, greedy
+from .sampling import LogitsProcessor, Sampler, SamplingParams
 from .stop_strings import StopStrings
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class GenerationResponse:
 
     text               newly readable text; empty while characters or stop strings are incomplete
     token              the token that was drawn
-    logprobs           [V] f32, of all tokens at this place
+    logprobs           [V] f32, of all tokens at this place; None if they were not asked for
     finish_reason      None, or in the last response "stop" (end token, stop string) or "length"
     prompt_tokens      tokens of the prompt, of which ``cached_tokens`` were in the cache already
     prompt_tps         computed prompt tokens a second, up to the first token
@@ -46,7 +46,7 @@ class GenerationResponse:
 
     text: str
     token: int
-    logprobs: Tensor
+    logprobs: Tensor | None
     finish_reason: str | None
     prompt_tokens: int
     cached_tokens: int
@@ -89,20 +89,27 @@ def generate_step(
     sampler: Sampler | None = None,
     logits_processors: Iterable[LogitsProcessor] = (),
     cache: kv.Sequence | None = None,
-) -> Iterator[tuple[int, Tensor]]:
+    logprobs: bool = True,
+) -> Iterator[tuple[int, Tensor | None]]:
     """Yields (token, log-probabilities [V] f32) until ``max_tokens`` (-1: no limit) or the context
-    is full. End tokens do not stop it.
+    is full. End tokens do not stop it. Without ``logprobs`` these are None, which saves a pipeline
+    of several machines sending them; so does leaving ``sampler`` and ``logits_processors`` alone.
 
     ``cache`` ends up with the prompt and all tokens but the last. Raises ContextLengthError before
     anything is computed if the prompt is longer than the context.
     """
-    row = _Row(model, _token_list(prompt), max_tokens, sampler, logits_processors, cache)
+    processors = list(logits_processors)
+    sampling = SamplingParams() if sampler is None and not processors else None
+    row = _Row(
+        model, _token_list(prompt), max_tokens, cache, sampling, sampler, processors,
+        logprobs=logprobs,
+    )  # fmt: skip
     row.prefill()
     while True:
         yield row.draw()
         if row.done:
             return
-        row.logits = _forward(model, [row.tokens[-1:]], [row.cache])[0]
+        row.step()
 
 
 def stream_generate(
@@ -115,31 +122,31 @@ def stream_generate(
     stop: str | Iterable[str] = (),
     cache: kv.Sequence | None = None,
     extra_eos_token_ids: Iterable[int] = (),
+    logprobs: bool = True,
 ) -> Iterator[GenerationResponse]:
     """Yields one response a token; the texts together are the answer, without any stop string.
 
     ``prompt``: text, or token ids (of a rendered chat, say). The end tokens are those of
-    the config, the generation config and the tokenizer, and the extra ones.
+    the config, the generation config and the tokenizer, and the extra ones. Without ``logprobs``
+    the responses have none, which saves a pipeline of several machines sending them.
     """
     sampling = sampling or SamplingParams()
     begin = time.perf_counter()
-    row = _Row(
-        model, _encode(tokenizer, prompt), max_tokens,
-        sampling.sampler(), sampling.logits_processors(), cache,
-    )  # fmt: skip
-    prompt_tokens = len(row.tokens)
+    tokens = _encode(tokenizer, prompt)
+    row = _Row(model, tokens, max_tokens, cache, sampling, logprobs=logprobs)
+    prompt_tokens = len(tokens)
     cached_tokens = row.prefill()
     answer = _Answer(tokenizer, end_tokens(model, tokenizer, extra_eos_token_ids), stop)
     first = 0.0
     while True:
-        token, logprobs = row.draw()
+        token, token_logprobs = row.draw()
         text, finish_reason = answer.add(token, last=row.done)
         now = time.perf_counter()
         first = first or now
         yield GenerationResponse(
             text=text,
             token=token,
-            logprobs=logprobs,
+            logprobs=token_logprobs,
             finish_reason=finish_reason,
             prompt_tokens=prompt_tokens,
             cached_tokens=cached_tokens,
@@ -150,7 +157,7 @@ def stream_generate(
         )
         if finish_reason is not None:
             return
-        row.logits = _forward(model, [[token]], [row.cache])[0]
+        row.step()
 
 
 def generate(
@@ -161,6 +168,7 @@ def generate(
     **options: Any,
 ) -> str:
     """The whole answer; options as for ``stream_generate``."""
+    options = {"logprobs": False} | options
     responses = stream_generate(model, tokenizer, prompt, max_tokens, **options)
     return "".join(response.text for response in responses)
 
@@ -177,7 +185,8 @@ def generate_batch(
 ) -> list[str]:
     """The answers to several prompts, each the same as ``generate`` gives it, a seed included.
 
-    Up to 8 are decoded together, for which weights are read once; one ends, the next one starts.
+    Up to 8 are decoded together, for which weights are read once; one ends, the next one starts. In
+    a pipeline they go in groups, so that no stage is idle.
     """
     sampling = sampling or SamplingParams()
     stops = [stop] if isinstance(stop, str) else list(stop)
@@ -191,33 +200,49 @@ def generate_batch(
     waiting = [
         (
             index,
-            _Row(
-                model, tokens, max_tokens, sampling.sampler(), sampling.logits_processors(),
-                kv.Sequence(pool),
-            ),
+            _Row(model, tokens, max_tokens, kv.Sequence(pool), sampling, logprobs=False),
             _Answer(tokenizer, ends, stops),
         )
         for index, tokens in enumerate(encoded)
-    ]  # fmt: skip
+    ]
     waiting.reverse()
-    active: list[tuple[int, _Row, _Answer]] = []
-    while waiting or active:
-        while waiting and len(active) < MATVEC_ROWS:
-            active.append(waiting.pop())
-            active[-1][1].prefill()
-        for index, row, answer in list(active):
+    engine = engine_of(model)
+    groups = _Groups(min(len(waiting), MATVEC_ROWS), engine.groups)
+    while waiting or groups.busy:
+        group, size = groups.next()
+        for entry in list(group):  # their last pass may still be under way, in other stages
+            index, row, answer = entry
             token, _ = row.draw()
             text, finish_reason = answer.add(token, last=row.done)
             texts[index] += text
             if finish_reason is not None:
                 row.cache.free()
-                active = [entry for entry in active if entry[1] is not row]
-        if active:
-            rows = [row for _, row, _ in active]
-            logits = _forward(model, [row.tokens[-1:] for row in rows], [row.cache for row in rows])
-            for row, row_logits in zip(rows, logits, strict=True):
-                row.logits = row_logits
+                group.remove(entry)
+        if group:
+            engine.submit([row.text for _, row, _ in group])
+        while waiting and len(group) < size:
+            group.append(waiting.pop())
+            group[-1][1].prefill()
     return texts
+
+
+class _Groups:
+    """Texts that are decoded together, in groups that take turns."""
+
+    def __init__(self, texts: int, groups: int) -> None:
+        shares = [texts // groups + (i < texts % groups) for i in range(groups)]
+        self._sizes = [size for size in shares if size]
+        self._groups: list[list[tuple[int, _Row, _Answer]]] = [[] for _ in self._sizes]
+        self._turn = -1
+
+    @property
+    def busy(self) -> bool:
+        return any(self._groups)
+
+    def next(self) -> tuple[list[tuple[int, _Row, _Answer]], int]:
+        """(the group whose turn it is, how many texts it takes)."""
+        self._turn = (self._turn + 1) % len(self._groups)
+        return self._groups[self._turn], self._sizes[self._turn]
 
 
 def end_tokens(model: CausalLM, tokenizer: Tokenizer, extra: Iterable[int] = ()) -> frozenset[int]:
@@ -227,16 +252,19 @@ def end_tokens(model: CausalLM, tokenizer: Tokenizer, extra: Iterable[int] = ())
 
 
 class _Row:
-    """One text under way: its tokens, cache, sampler, and the logits for its next token."""
+    """One text under way, and how long it may get."""
 
     def __init__(
         self,
         model: CausalLM,
         prompt: list[int],
         max_tokens: int,
-        sampler: Sampler | None,
-        logits_processors: Iterable[LogitsProcessor],
         cache: kv.Sequence | None,
+        sampling: SamplingParams | None,
+        sampler: Sampler | None = None,
+        processors: Iterable[LogitsProcessor] = (),
+        *,
+        logprobs: bool,
     ) -> None:
         if not prompt:
             raise Q4MetalError("the prompt has no tokens; give it at least one.")
@@ -252,38 +280,36 @@ class _Row:
             if max_tokens > 0:
                 longest = min(longest, len(prompt) + max_tokens)
             cache = model.make_cache(longest)
-        self.model = model
-        self.tokens = prompt
+        self.text = Text(prompt, cache, sampling, sampler, processors, logprobs=logprobs)
         self.cache = cache
-        self.sampler = sampler or greedy
-        self.logits_processors = list(logits_processors)
         self.drawn = 0
-        self.logits: Tensor
+        self._model = model
+        self._engine = engine_of(model)
         self._limit = max_tokens
 
     @property
     def done(self) -> bool:
         """Whether ``max_tokens`` are drawn, or the next pass would not fit into the context."""
-        full = len(self.tokens) > self.model.max_kv_size or self.cache.room == 0
+        full = len(self.text.tokens) > self._model.max_kv_size or self.cache.room == 0
         return self.drawn == self._limit or full
 
     def prefill(self) -> int:
         """Computes what the cache does not hold of the prompt; returns how much it did hold."""
-        cached = _common_prefix(self.cache.tokens, self.tokens)
+        cached = _common_prefix(self.cache.tokens, self.text.tokens)
         self.cache.truncate(cached)
-        self.logits = _forward(self.model, [self.tokens[cached:]], [self.cache])[0]
+        self.step()
         return cached
 
-    def draw(self) -> tuple[int, Tensor]:
-        """Chooses the next token and appends it to ``tokens``."""
-        logits = self.logits
-        for processor in self.logits_processors:
-            logits = processor(self.tokens, logits)
-        logprobs = torch.log_softmax(logits, -1)
-        token = int(self.sampler(logprobs))
-        self.tokens.append(token)
+    def step(self) -> None:
+        """Begins the next token."""
+        self._engine.submit([self.text])
+
+    def draw(self) -> tuple[int, Tensor | None]:
+        """The next token and its log-probabilities, if they are wanted."""
+        token, logprobs = self._engine.draw(self.text)
+        self.text.tokens.append(token)
         self.drawn += 1
-        return token, logprobs
+        return token, logprobs if self.text.logprobs else None
 
 
 class _Answer:
@@ -308,12 +334,6 @@ class _Answer:
         if ended or last:
             return text + self._stops.finish(), "stop" if ended else "length"
         return text, None
-
-
-@torch.inference_mode()
-def _forward(model: CausalLM, ids: list[list[int]], cache: list[kv.Sequence]) -> Tensor:
-    """Logits [B, V] after the last of ids [B][L], which are appended to the sequences."""
-    return decode.forward(model, ids, cache)
 
 
 def _encode(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:

@@ -30,12 +30,14 @@ def check_memory(
     kv_dtype: torch.dtype,
     context: int,
     *,
+    layers: int | None = None,
     force: bool = False,
     available: int | None = None,
 ) -> None:
     """Raises MemoryLimitError, naming the context that would fit, unless model and cache do fit.
 
-    ``context``: positions of the KV cache. ``available``: bytes, None for ``available_memory()``.
+    ``context``: positions of the KV cache. ``layers``: how many are here, None for all.
+    ``available``: bytes, None for ``available_memory()``.
     ``force`` only warns. On a system whose memory cannot be read nothing is checked.
     """
     if available is None:
@@ -43,7 +45,7 @@ def check_memory(
     if available is None:
         logger.info("available memory is unknown here, so it was not checked")
         return
-    kv_bytes = kv_bytes_per_token(config, kv_dtype)
+    kv_bytes = kv_bytes_per_token(config, kv_dtype, layers)
     # The modules gather one layer's keys and values in f32.
     kv_bytes += 8 * config.num_key_value_heads * config.head_dim
     work = working_bytes(config)
@@ -65,10 +67,12 @@ def check_memory(
     logger.warning("%s", message)
 
 
-def kv_bytes_per_token(config: DecoderConfig, kv_dtype: torch.dtype) -> int:
-    """Bytes of keys and values of one position, over all layers."""
+def kv_bytes_per_token(
+    config: DecoderConfig, kv_dtype: torch.dtype, layers: int | None = None
+) -> int:
+    """Bytes of keys and values of one position, over so many layers; None is all."""
     per_layer = 2 * config.num_key_value_heads * config.head_dim * kv_dtype.itemsize
-    return config.num_hidden_layers * per_layer
+    return (config.num_hidden_layers if layers is None else layers) * per_layer
 
 
 def working_bytes(config: DecoderConfig) -> int:

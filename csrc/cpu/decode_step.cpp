@@ -47,27 +47,34 @@ void decode_step(int64_t handle, const at::Tensor& input, const at::Tensor& posi
   TORCH_CHECK_VALUE(!sampling.has_value() || !sampling->defined(),
                     "sampling on the device is not built for the CPU; pass None");
   const auto& shape = executor->plan().shape;
-  TORCH_CHECK_VALUE(input.dim() == 1 && input.size(0) >= 1 && input.size(0) <= plan::kMaxRows,
-                    "input has shape ", input.sizes(), "; a decode plan takes 1 to ",
-                    plan::kMaxRows, " token ids");
+  const bool embeds = executor->plan().embeds(), has_head = executor->plan().has_head();
+  TORCH_CHECK_VALUE(input.dim() == (embeds ? 1 : 2) && input.size(0) >= 1 &&
+                        input.size(0) <= plan::kMaxRows,
+                    "input has shape ", input.sizes(), "; this decode plan takes 1 to ",
+                    plan::kMaxRows, embeds ? " token ids" : " residual rows");
   const int64_t rows = input.size(0);
-  check_contiguous(input, "input", at::kLong, {rows});
+  if (embeds)
+    check_contiguous(input, "input", at::kLong, {rows});
+  else
+    check_contiguous(input, "input", at::kFloat, {rows, shape.hidden_size});
   check_contiguous(positions, "positions", at::kLong, {rows});
   check_contiguous(rope, "rope", at::kFloat, {rows, 2, shape.head_dim});
   TORCH_CHECK_VALUE(block_tables.dim() == 2, "block_tables has shape ", block_tables.sizes(),
                     "; it must be [R, blocks]");
   check_contiguous(block_tables, "block_tables", at::kInt, {rows, block_tables.size(1)});
-  const bool wants_tokens = out.scalar_type() == at::kLong;
+  const bool wants_tokens = has_head && out.scalar_type() == at::kLong;
   if (wants_tokens)
     check_contiguous(out, "out", at::kLong, {rows});
   else
-    check_contiguous(out, "out", at::kFloat, {rows, shape.vocab_size});
+    check_contiguous(out, "out", at::kFloat,
+                     {rows, has_head ? shape.vocab_size : shape.hidden_size});
 
-  const auto* ids = input.const_data_ptr<int64_t>();
+  const auto* ids = embeds ? input.const_data_ptr<int64_t>() : nullptr;
   const auto* at = positions.const_data_ptr<int64_t>();
   for (int64_t m = 0; m < rows; ++m) {
-    TORCH_CHECK_INDEX(ids[m] >= 0 && ids[m] < shape.vocab_size, "input holds ", ids[m],
-                      "; the vocabulary has ", shape.vocab_size, " tokens");
+    if (embeds)
+      TORCH_CHECK_INDEX(ids[m] >= 0 && ids[m] < shape.vocab_size, "input holds ", ids[m],
+                        "; the vocabulary has ", shape.vocab_size, " tokens");
     TORCH_CHECK_VALUE(at[m] >= 0 && at[m] < executor->context(), "positions holds ", at[m],
                       "; the plan was built for a context of ", executor->context());
   }
@@ -89,7 +96,8 @@ void decode_step(int64_t handle, const at::Tensor& input, const at::Tensor& posi
   check_tables(block_tables, at, blocks);
 
   at::Tensor logits = wants_tokens ? at::empty({rows, shape.vocab_size}, rope.options()) : out;
-  const bool exists = executor->run({rows, ids, at, rope.const_data_ptr<float>(),
+  const bool exists = executor->run({rows, ids, embeds ? nullptr : input.const_data_ptr<float>(),
+                                     at, rope.const_data_ptr<float>(),
                                      block_tables.const_data_ptr<int32_t>(), block_tables.size(1),
                                      slabs.data(), slab_blocks, logits.mutable_data_ptr<float>(),
                                      wants_tokens ? out.mutable_data_ptr<int64_t>() : nullptr},

@@ -160,6 +160,8 @@ public:
     switch (step.kind) {
     case StepKind::embed:
       return embed(step);
+    case StepKind::take_hidden:
+      return copy_rows(in_.hidden, w_.hidden);
     case StepKind::norm_qkv:
       return norm_qkv(step);
     case StepKind::attention:
@@ -174,6 +176,8 @@ public:
       return norm_head(step);
     case StepKind::argmax:
       return argmax();
+    case StepKind::give_hidden:
+      return copy_rows(w_.hidden, in_.out);
     }
   }
 
@@ -258,6 +262,11 @@ private:
           out[k] = widen(row[k]);
       });
     });
+  }
+
+  void copy_rows(const float* from, float* to) {
+    const int64_t size = shape_.hidden_size;
+    share(in_.rows, [&](int64_t m) { std::copy_n(from + m * size, size, to + m * size); });
   }
 
   // A head at a time: RoPE pairs stay together.
@@ -390,9 +399,9 @@ private:
   void norm_head(const Step& step) {
     share_rows(shape_.vocab_size, [&](int64_t begin, int64_t end) {
       prepare_norm(step, w_.hidden);
-      multiply(step, 0, in_.logits, begin, end);
+      multiply(step, 0, in_.out, begin, end);
       for (int64_t m = 0; m < in_.rows; ++m)
-        finish(step.segments[0], in_.logits + m * shape_.vocab_size, m, begin, end);
+        finish(step.segments[0], in_.out + m * shape_.vocab_size, m, begin, end);
     });
   }
 
@@ -400,7 +409,7 @@ private:
     if (in_.tokens == nullptr)
       return;
     share(in_.rows, [&](int64_t m) {
-      const float* logits = in_.logits + m * shape_.vocab_size;
+      const float* logits = in_.out + m * shape_.vocab_size;
       in_.tokens[m] = std::max_element(logits, logits + shape_.vocab_size) - logits;
     });
   }

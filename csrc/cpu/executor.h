@@ -19,14 +19,15 @@ struct KvSlab {
 // the order of their positions.
 struct TokenInputs {
   int64_t rows;
-  const int64_t* ids;          // [rows]
+  const int64_t* ids;          // [rows], if the plan embeds
+  const float* hidden;         // [rows, hidden_size], if it does not
   const int64_t* positions;    // [rows]
   const float* rope;           // [rows, 2, head_dim]: cos, sin
   const int32_t* block_tables; // [rows, table_stride]: row of the slab + slab_blocks * slab
   int64_t table_stride;
   const KvSlab* slabs;
   int64_t slab_blocks; // rows of every slab but the last
-  float* logits;       // [rows, vocab_size]
+  float* out;          // logits [rows, vocab_size], or without a head residual rows like `hidden`
   int64_t* tokens;     // [rows], argmax; or null
 };
 

@@ -31,10 +31,9 @@ Segment dense_segment(uintptr_t weight, DType dtype, int64_t out_features, int64
 // Owns an executor through its handle.
 class DecodePlan {
 public:
-  DecodePlan(const Shape& shape, const Segment& embedding, const std::vector<Layer>& layers,
-             uintptr_t final_norm, const Segment& head, int64_t context)
-      : executor_(std::make_shared<cpu::Executor>(
-            build(shape, embedding, layers, at<float>(final_norm), head), context)),
+  DecodePlan(const Shape& shape, const std::optional<Segment>& embedding,
+             const std::vector<Layer>& layers, const std::optional<Head>& head, int64_t context)
+      : executor_(std::make_shared<cpu::Executor>(build(shape, embedding, layers, head), context)),
         handle_(cpu::add_executor(executor_)) {}
   DecodePlan(const DecodePlan&) = delete;
   ~DecodePlan() { release(); }
@@ -91,6 +90,10 @@ void bind(py::module_& m) {
            }),
            py::arg("input_norm"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("output"),
            py::arg("post_norm"), py::arg("gate"), py::arg("up"), py::arg("down"));
+  py::class_<Head>(m, "Head").def(py::init([](uintptr_t norm, Segment matrix) {
+                                    return Head{at<float>(norm), std::move(matrix)};
+                                  }),
+                                  py::arg("norm"), py::arg("matrix"));
   py::class_<Shape>(m, "Shape")
       .def(py::init([](int64_t hidden_size, int64_t intermediate_size, int64_t heads,
                        int64_t kv_heads, int64_t head_dim, int64_t vocab_size, int64_t layers,
@@ -103,12 +106,14 @@ void bind(py::module_& m) {
            py::arg("kv_heads"), py::arg("head_dim"), py::arg("vocab_size"), py::arg("layers"),
            py::arg("norm_eps"), py::arg("attention_scale"), py::arg("kv_dtype"),
            py::arg("precision"));
-  py::class_<DecodePlan>(m, "DecodePlan",
-                         "Steps, buffers and barriers of a model's decoding, and what runs them.")
-      .def(py::init<const Shape&, const Segment&, const std::vector<Layer>&, uintptr_t,
-                    const Segment&, int64_t>(),
-           py::arg("shape"), py::arg("embedding"), py::arg("layers"), py::arg("final_norm"),
-           py::arg("head"), py::arg("context"))
+  py::class_<DecodePlan>(
+      m, "DecodePlan",
+      "Steps, buffers and barriers of a model's or a stage's decoding, and what runs "
+      "them. Without embedding or head it takes or gives residual rows.")
+      .def(py::init<const Shape&, const std::optional<Segment>&, const std::vector<Layer>&,
+                    const std::optional<Head>&, int64_t>(),
+           py::arg("shape"), py::arg("embedding"), py::arg("layers"), py::arg("head"),
+           py::arg("context"))
       .def("release", &DecodePlan::release, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("handle", &DecodePlan::handle)
       .def_property_readonly("weight_bytes",

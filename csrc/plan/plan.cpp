@@ -66,6 +66,8 @@ const char* name_of(StepKind kind) {
   switch (kind) {
   case StepKind::embed:
     return "embed";
+  case StepKind::take_hidden:
+    return "take_hidden";
   case StepKind::norm_qkv:
     return "norm_qkv_rope_append";
   case StepKind::attention:
@@ -80,6 +82,8 @@ const char* name_of(StepKind kind) {
     return "norm_head";
   case StepKind::argmax:
     return "argmax";
+  case StepKind::give_hidden:
+    return "give_hidden";
   }
   return "";
 }
@@ -110,6 +114,10 @@ std::vector<Hazard> find_hazards(const std::vector<Step>& steps,
   }
   return found;
 }
+
+bool Plan::embeds() const { return steps.front().kind == StepKind::embed; }
+
+bool Plan::has_head() const { return steps.back().kind == StepKind::argmax; }
 
 int64_t Plan::weight_bytes() const {
   int64_t total = 0;
@@ -146,24 +154,26 @@ std::string Plan::describe() const {
   return text;
 }
 
-Plan build(const Shape& shape, const Segment& embedding, const std::vector<Layer>& layers,
-           const float* final_norm, const Segment& head) {
+Plan build(const Shape& shape, const std::optional<Segment>& embedding,
+           const std::vector<Layer>& layers, const std::optional<Head>& head) {
   Plan plan{shape, {}, {}, {}};
   const int64_t query = shape.heads * shape.head_dim, kv = shape.kv_heads * shape.head_dim;
   const auto buffer = [&](std::string name, int64_t floats_per_row, bool external = false) {
     plan.buffers.push_back({std::move(name), floats_per_row * int64_t(sizeof(float)), external});
     return int(plan.buffers.size()) - 1;
   };
-  const int ids = buffer("ids", 0, true), cache = buffer("kv", 0, true);
-  const int logits = buffer("logits", 0, true), tokens = buffer("tokens", 0, true);
+  const int input = buffer(embedding ? "ids" : "input", 0, true), cache = buffer("kv", 0, true);
   const int hidden = buffer("hidden", shape.hidden_size);
   const int queries = buffer("q", query);
   const int partial = buffer("partial", query);
   const int activation = buffer("activation", shape.intermediate_size);
 
-  require_shape(embedding, shape.vocab_size, shape.hidden_size, "embed_tokens");
-  require_shape(head, shape.vocab_size, shape.hidden_size, "lm_head");
-  plan.steps.push_back({StepKind::embed, -1, {embedding}, nullptr, {ids}, {hidden}});
+  if (embedding) {
+    require_shape(*embedding, shape.vocab_size, shape.hidden_size, "embed_tokens");
+    plan.steps.push_back({StepKind::embed, -1, {*embedding}, nullptr, {input}, {hidden}});
+  } else {
+    plan.steps.push_back({StepKind::take_hidden, -1, {}, nullptr, {input}, {hidden}});
+  }
   for (int i = 0; i < int(layers.size()); ++i) {
     const Layer& layer = layers[i];
     const std::string at = "layer " + std::to_string(i) + ": ";
@@ -192,8 +202,15 @@ Plan build(const Shape& shape, const Segment& embedding, const std::vector<Layer
     plan.steps.push_back(
         {StepKind::down, i, {layer.down}, nullptr, {activation, hidden}, {hidden}});
   }
-  plan.steps.push_back({StepKind::norm_head, -1, {head}, final_norm, {hidden}, {logits}});
-  plan.steps.push_back({StepKind::argmax, -1, {}, nullptr, {logits}, {tokens}});
+  if (head) {
+    require_shape(head->matrix, shape.vocab_size, shape.hidden_size, "lm_head");
+    const int logits = buffer("logits", 0, true), tokens = buffer("tokens", 0, true);
+    plan.steps.push_back({StepKind::norm_head, -1, {head->matrix}, head->norm, {hidden}, {logits}});
+    plan.steps.push_back({StepKind::argmax, -1, {}, nullptr, {logits}, {tokens}});
+  } else {
+    const int output = buffer("output", 0, true);
+    plan.steps.push_back({StepKind::give_hidden, -1, {}, nullptr, {hidden}, {output}});
+  }
   plan.barrier_before = place_barriers(plan.steps);
   return plan;
 }

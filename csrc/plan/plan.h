@@ -30,6 +30,7 @@ struct Segment {
 
 enum class StepKind {
   embed,        // ids -> hidden
+  take_hidden,  // in place of embed where another stage embeds: its residual rows -> hidden
   norm_qkv,     // hidden -> RMSNorm -> q, k, v + biases -> RoPE -> q, KV cache
   attention,    // q, KV cache -> partial results, one a split of the context
   output,       // partial results combined -> output projection -> added to hidden
@@ -37,6 +38,7 @@ enum class StepKind {
   down,         // -> down projection -> added to hidden
   norm_head,    // hidden -> RMSNorm -> logits
   argmax,       // logits -> token ids
+  give_hidden,  // in place of both where another stage has the head: hidden -> residual rows
 };
 
 const char* name_of(StepKind kind);
@@ -84,6 +86,8 @@ struct Plan {
   std::vector<Step> steps;
   std::vector<bool> barrier_before; // per step
 
+  bool embeds() const;          // its input is token ids, not residual rows
+  bool has_head() const;        // its output is logits, not residual rows
   int64_t weight_bytes() const; // that a token reads, one row of the embedding included
   std::string describe() const; // a line a step: shapes, bytes, buffers, barriers
 };
@@ -102,9 +106,16 @@ struct Layer {
   Segment gate, up, down;
 };
 
-// Steps, buffers and barriers of a whole model. Throws std::invalid_argument, naming the matrix,
-// where shapes do not fit.
-Plan build(const Shape& shape, const Segment& embedding, const std::vector<Layer>& layers,
-           const float* final_norm, const Segment& head);
+// Final norm and head of a model.
+struct Head {
+  const float* norm;
+  Segment matrix;
+};
+
+// Steps, buffers and barriers of a whole model, or of a stage that has only some of its layers: the
+// first stage has the embedding, the last one the head; others take and give the residual stream.
+// Throws std::invalid_argument, naming the matrix, where shapes do not fit.
+Plan build(const Shape& shape, const std::optional<Segment>& embedding,
+           const std::vector<Layer>& layers, const std::optional<Head>& head);
 
 } // namespace q4metal::plan

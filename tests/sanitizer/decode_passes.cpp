@@ -88,7 +88,7 @@ plan::Plan build_plan(Weights& weights, Precision precision, DType kv_dtype) {
                           kKvHeads, kHeadDim,      kVocab,
                           kLayers,  1e-5f,         1 / std::sqrt(float(kHeadDim)),
                           kv_dtype, precision};
-  return plan::build(shape, embedding, layers, weights.norm(kHidden), embedding);
+  return plan::build(shape, embedding, layers, plan::Head{weights.norm(kHidden), embedding});
 }
 
 // Eight texts with blocks and inputs of their own, and what a pass gives for them.
@@ -120,8 +120,8 @@ public:
         tables[m * kBlocks + i] = int32_t((drafts ? 0 : m) * kBlocks + i);
     }
     logits_.resize(rows * kVocab);
-    executor.run({rows, ids.data(), positions.data(), rope_.data(), tables.data(), kBlocks, &slab_,
-                  slab_.blocks, logits_.data(), wants_tokens ? tokens.data() : nullptr},
+    executor.run({rows, ids.data(), nullptr, positions.data(), rope_.data(), tables.data(), kBlocks,
+                  &slab_, slab_.blocks, logits_.data(), wants_tokens ? tokens.data() : nullptr},
                  threads);
     return logits_;
   }

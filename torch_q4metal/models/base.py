@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cache import KVPool, Sequence, Window
-from ..errors import ContextLengthError
+from ..errors import ContextLengthError, PipelineError
 from .config import DecoderConfig
+from .part import Part
 from .rope import rotate
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
+    from ..engine import Engine
 
 PREFILL_CHUNK = 512
 """Prompts are read in chunks that end at multiples of this position, everywhere alike."""
@@ -174,20 +176,39 @@ def _dense_product(rows: Tensor, weight: Tensor) -> Tensor:
     return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 
 
-class Decoder(nn.Module):
-    """Embedding, blocks, final norm: everything but the head."""
+class Layers(nn.ModuleList):
+    """Blocks under the names that they have in the whole model, whose layer ``first`` is theirs."""
 
-    def __init__(self, config: DecoderConfig, blocks: List[nn.Module], dtype: torch.dtype) -> None:
+    def __init__(self, blocks: List[nn.Module], first: int) -> None:
         super().__init__()
-        # Not nn.Embedding(...): its random values take 1.4 s of imports on the meta device.
-        table = torch.empty(config.vocab_size, config.hidden_size)
-        self.embed_tokens: Any = nn.Embedding.from_pretrained(table)
-        self.layers = nn.ModuleList(blocks)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        for layer, block in enumerate(blocks, first):
+            self.add_module(str(layer), block)
 
-    def forward(self, ids: Tensor, step: Step) -> Tensor:
-        """ids [B, L] -> residual stream [B, L, hidden_size] in f32, before the final norm."""
-        h = self.embed_tokens(ids)
+
+class Decoder(nn.Module):
+    """Embedding, blocks, final norm: everything but the head. None where ``part`` has no use for
+    the embedding or the norm.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, blocks: List[nn.Module], dtype: torch.dtype, part: Part
+    ) -> None:
+        super().__init__()
+        self.embed_tokens: Any = None
+        if part.has_table:
+            # Not nn.Embedding(...): its random values take 1.4 s of imports on the meta device.
+            table = torch.empty(config.vocab_size, config.hidden_size)
+            self.embed_tokens = nn.Embedding.from_pretrained(table)
+        self.layers = Layers(blocks, part.layers.start)
+        self.norm: Any = None
+        if part.has_head:
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """Token ids [B, L], or the residual stream that the part before gave, to the residual
+        stream [B, L, hidden_size] in f32, before the final norm.
+        """
+        h = x if x.is_floating_point() else self.embed_tokens(x)
         for layer in self.layers:
             h = layer(h, step)
         return h
@@ -202,6 +223,8 @@ class CausalLM(nn.Module):
     ``max_kv_size``   longest text, prompt and answer together
     ``checkpoint``    where the weights came from, None for a model that was not loaded
     ``eager``         True: generation decodes with these modules too, instead of the decode plan
+    ``part``          the layers that are here; all of them, unless it is a pipeline stage
+    ``engine``        what computes tokens where ``part`` is not the whole model (pipeline/)
     """
 
     config_class: ClassVar[Any]
@@ -213,17 +236,23 @@ class CausalLM(nn.Module):
         dtype: torch.dtype = torch.float32,
         kv_dtype: torch.dtype = torch.float32,
         max_kv_size: int | None = None,
+        part: Part | None = None,
     ) -> None:
         super().__init__()
         self.config = config
+        layers = config.num_hidden_layers
+        self.part = part or Part(range(layers), layers, config.tied)
         self.dtype = dtype
         self.kv_dtype = kv_dtype
         self.max_kv_size = max_kv_size or min(config.max_position_embeddings, DEFAULT_CONTEXT)
         self.checkpoint: Checkpoint | None = None
         self.eager = False
-        blocks = [self.block(config, layer, dtype) for layer in range(config.num_hidden_layers)]
-        self.model = Decoder(config, blocks, dtype)
-        if not config.tied:
+        self.engine: Engine | None = None
+        self.pool_class: type[KVPool] = KVPool
+        # Blocks count the layers of the KV cache, which holds only theirs.
+        blocks = [self.block(config, layer, dtype) for layer in range(len(self.part.layers))]
+        self.model = Decoder(config, blocks, dtype, self.part)
+        if self.part.has_head and not config.tied:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(
@@ -240,6 +269,11 @@ class CausalLM(nn.Module):
             raise ValueError(
                 f"ids must be int64 [B, L] with B and L above 0, not {ids.dtype} {list(ids.shape)}"
             )
+        if not self.part.is_whole:
+            raise PipelineError(
+                f"this rank holds layers {self.part.layers.start} to {self.part.layers.stop - 1} "
+                f"of {self.part.total} only; call the generate functions, which use all ranks."
+            )
         count = ids.shape[1]
         if cache is None:
             hidden = self.model(ids, Step(self.config, [], count, count))
@@ -249,7 +283,7 @@ class CausalLM(nn.Module):
                 f"cache must hold {ids.shape[0]} different sequences, one for each row of ids"
             )
         for sequence in cache:
-            self._check_context(sequence.length + count)
+            self.check_context(sequence.length + count)
             sequence.reserve(count)
         with torch.no_grad():
             if ids.numel() <= MATVEC_ROWS:
@@ -271,8 +305,8 @@ class CausalLM(nn.Module):
     def make_pool(self, max_tokens: int | None = None) -> KVPool:
         """A KV pool of this model's shape, by default for one text of ``max_kv_size`` tokens."""
         config = self.config
-        return KVPool(
-            config.num_hidden_layers, config.num_key_value_heads, config.head_dim, self.kv_dtype,
+        return self.pool_class(
+            len(self.part.layers), config.num_key_value_heads, config.head_dim, self.kv_dtype,
             max_tokens or self.max_kv_size,
         )  # fmt: skip
 
@@ -280,7 +314,8 @@ class CausalLM(nn.Module):
         """An empty sequence in a pool of its own."""
         return Sequence(self.make_pool(max_tokens))
 
-    def _check_context(self, length: int) -> None:
+    def check_context(self, length: int) -> None:
+        """Raises ContextLengthError if a text of so many tokens is longer than the context."""
         if length > self.max_kv_size:
             raise ContextLengthError(
                 f"a text of {length} tokens is longer than the context of {self.max_kv_size}; "
@@ -301,9 +336,17 @@ class CausalLM(nn.Module):
 
     def _advance(self, ids: Tensor, cache: List[Sequence], length: int) -> Tensor:
         """One pass: residual stream [B, L, hidden_size]. The tokens are appended at its end."""
-        count = ids.shape[1]
-        step = Step(self.config, [Window(sequence, count) for sequence in cache], count, length)
-        hidden = self.model(ids, step)
+        hidden = self.advance(ids, cache, length)
         for sequence, tokens in zip(cache, ids.tolist(), strict=True):
             sequence.append(tokens)
         return hidden
+
+    def advance(self, x: Tensor, cache: List[Sequence], length: int) -> Tensor:
+        """What the layers here make of ids [B, L] or a residual stream [B, L, hidden_size], f32.
+
+        Keys and values are stored, but the sequences do not count them yet. ``length``: positions
+        of the longest text, once all chunks of this call are done.
+        """
+        count = x.shape[1]
+        step = Step(self.config, [Window(sequence, count) for sequence in cache], count, length)
+        return self.model(x, step)

@@ -17,6 +17,7 @@ from .base import DEFAULT_CONTEXT, CausalLM, compute_dense_in_f32
 from .config import DecoderConfig
 from .fields import Fields
 from .llama import Llama
+from .part import Part
 from .qwen2 import Qwen2
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ def load_model(
     *,
     max_kv_size: int | None = None,
     force: bool = False,
+    layers: range | None = None,
 ) -> CausalLM:
     """The model in a directory, in eval mode and without gradients; its weights stay packed.
 
@@ -43,6 +45,7 @@ def load_model(
     ``max_kv_size``  longest text, prompt and answer together; None is the smaller of 8192 and what
                      the model was trained for
     ``force``        loads it even if memory seems too small
+    ``layers``       only these, for a pipeline stage: no other tensor's bytes are touched
 
     Raises ConfigError and CheckpointError for what is wrong with the directory, MemoryLimitError if
     it would not fit.
@@ -59,10 +62,16 @@ def load_model(
     family, config = read_family(checkpoint)
     context = _context(config, max_kv_size)
     kv_dtype = torch.float32 if precision == "exact" else checkpoint.scales_dtype
-    check_memory(config, checkpoint.weight_bytes, kv_dtype, context, force=force)
+    total = config.num_hidden_layers
+    part = Part(range(total) if layers is None else layers, total, config.tied)
+    if not part.is_whole:
+        checkpoint = checkpoint.only(part.owns)
+    check_memory(
+        config, checkpoint.weight_bytes, kv_dtype, context, layers=len(part.layers), force=force
+    )
 
     with torch.device("meta"):
-        model = family(config, dtype or torch.float32, kv_dtype, context)
+        model = family(config, dtype or torch.float32, kv_dtype, context, part)
     load_packed(model, checkpoint, precision=precision)
     compute_dense_in_f32(model)
     model.checkpoint = checkpoint

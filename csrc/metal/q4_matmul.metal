@@ -209,7 +209,8 @@ kernel void q4_matmul(device const uchar* weight [[buffer(0)]],
                       uint3 threadgroup_at [[threadgroup_position_in_grid]],
                       uint thread_at [[thread_index_in_threadgroup]],
                       uint simdgroup [[simdgroup_index_in_threadgroup]]) {
-  threadgroup float4 pool[Pool<T, kTileRows>::kVectors];
+  typedef Pool<T, kTileRows> P;
+  threadgroup float4 pool[P::kVectors];
   const Packed<kBits, kGroup, S> w = {weight, scales, biases, args.in_features};
   compute_tile<T, kTileRows, false>(w, bias, x, y, args, pool, threadgroup_at.x * kTileRows,
                                     threadgroup_at.y * kTileColumns, thread_at, simdgroup);
@@ -226,7 +227,8 @@ kernel void q4_matmul_plain(device const uchar* weight [[buffer(0)]],
                             uint3 threadgroup_at [[threadgroup_position_in_grid]],
                             uint thread_at [[thread_index_in_threadgroup]],
                             uint simdgroup [[simdgroup_index_in_threadgroup]]) {
-  threadgroup float4 pool[Pool<T, kTileRows>::kVectors];
+  typedef Pool<T, kTileRows> P;
+  threadgroup float4 pool[P::kVectors];
   const Packed<kBits, kGroup, S> w = {weight, scales, biases, args.in_features};
   compute_tile<T, kTileRows, true>(w, bias, x, y, args, pool, threadgroup_at.x * kTileRows,
                                    threadgroup_at.y * kTileColumns, thread_at, simdgroup);

@@ -150,6 +150,12 @@ class Tokens(list[Token]):
             if token.kind != "marker":
                 token.kind, token.text = "space", "\n" * token.text.count("\n")
 
+    def closing_statement(self, i: int) -> int:
+        """The position of the ``;`` that ends the statement at ``i``; ``len(self)`` if none does."""
+        while i < len(self) and self[i].text != ";":
+            i = self.closing(i) + 1 if self[i].text in _CLOSING else i + 1
+        return i
+
     def declaration_start(self, i: int) -> int:
         """The first position of the declaration or statement that ``i`` is part of."""
         j = self.before(i)

@@ -77,7 +77,7 @@ class _Rewriter:
             start = t.after(i)
             if t.at(i) != "template" or not t.is_attribute(start):
                 continue
-            end = self._statement_end(i)
+            end = self.tokens.closing_statement(i)
             host = self._host_name(start, t.closing(start) + 1)
             j = t.skip_attributes(start)
             while t.at(j) == "kernel" or t.is_attribute(j):
@@ -92,12 +92,6 @@ class _Rewriter:
             found.append((host, t.join(name, stop), t[i].place))
             t.blank(i, end + 1)
         return found
-
-    def _statement_end(self, i: int) -> int:
-        t = self.tokens
-        while i < len(t) and t.at(i) != ";":
-            i = t.closing(i) + 1 if t.at(i) in ("(", "[", "{") else i + 1
-        return i
 
     def _host_name(self, start: int, end: int) -> str | None:
         names = [x for x in self.tokens[start:end] if x.text == "host_name"]
@@ -172,7 +166,7 @@ class _Rewriter:
                 i = t.closing(i)
             if t.at(i) != "constant":
                 continue
-            end = self._statement_end(i)
+            end = self.tokens.closing_statement(i)
             text = t.join(i, end)
             match = _FUNCTION_CONSTANT.match(text)
             if match:
@@ -219,7 +213,7 @@ class _Rewriter:
             while t.at(stop) not in ("[", ";", "*", "&", "(", "=", "", ","):
                 stop = t.closing_angle(stop) + 1 if t.at(stop) == "<" else stop + 1
             if t.at(stop) in ("[", ";", ","):
-                self._threadgroup_variable(i, self._statement_end(i))
+                self._threadgroup_variable(i, self.tokens.closing_statement(i))
 
     def _threadgroup_variable(self, i: int, end: int) -> None:
         t, text = self.tokens, ""
@@ -245,7 +239,7 @@ class _Rewriter:
             if token.text == "using" and t.at(t.after(following)) == "=":
                 names.add(t.at(following))
             elif token.text == "typedef":
-                names.add(t.at(t.before(self._statement_end(i))))
+                names.add(t.at(t.before(self.tokens.closing_statement(i))))
             elif token.text in ("typename", "class") and t.at(t.before(i)) in ("<", ","):
                 names.add(t.at(following))
         return names

@@ -58,6 +58,12 @@ Q4_INLINE __m256 load8(const void* values, DType dtype) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16));
 }
 
+// All bits of the first `count` lanes, 0..8.
+Q4_INLINE __m256 group_mask(int64_t count) {
+  alignas(32) static constexpr int32_t kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  return _mm256_loadu_ps(reinterpret_cast<const float*>(kMask + 8 - count));
+}
+
 // Scales or biases [index, index + 8) of all N * groups of a matrix, zeros in place of those from
 // `count` on. They belong to the next row, so a whole vector may be read, except at the end of the
 // array. The dtype is a branch that is always predicted, not a template parameter, which would
@@ -68,10 +74,8 @@ Q4_INLINE __m256 load_groups(const PackedMatrix& w, const void* values, int64_t 
   const auto* p = static_cast<const std::byte*>(values) + index * size;
   if (count >= 8)
     return load8(p, w.scales_dtype);
-  alignas(32) static constexpr int32_t kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
-  const __m256i mask = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMask + 8 - count));
   if (index + 8 <= w.out_features * w.groups())
-    return _mm256_and_ps(load8(p, w.scales_dtype), _mm256_castsi256_ps(mask));
+    return _mm256_and_ps(load8(p, w.scales_dtype), group_mask(count));
   alignas(32) std::byte padded[32] = {};
   std::memcpy(padded, p, count * size);
   return load8(padded, w.scales_dtype);

@@ -244,9 +244,14 @@ struct Lanes {
     acc[half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(load(t)), factor, acc[half]);
     off[half] = _mm256_fmadd_ps(bias, _mm256_loadu_ps(x_sums), off[half]);
   }
+  // Both trees at once, one in each half.
   Q4_INLINE float result() const {
-    return horizontal_sum(_mm256_add_ps(acc[0], acc[1])) +
-           horizontal_sum(_mm256_add_ps(off[0], off[1]));
+    const __m256 a = _mm256_add_ps(acc[0], acc[1]), b = _mm256_add_ps(off[0], off[1]);
+    const __m256 four =
+        _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+    const __m256 two = _mm256_add_ps(four, _mm256_permute_ps(four, 0x0e));
+    const __m256 one = _mm256_add_ps(two, _mm256_movehdup_ps(two));
+    return _mm_cvtss_f32(_mm_add_ss(_mm256_castps256_ps128(one), _mm256_extractf128_ps(one, 1)));
   }
 };
 
@@ -303,6 +308,56 @@ struct Sums {
   }
 };
 
+// One row of x and whole rows of W: nothing is carried from tile to tile.
+template <DType kDType> struct OneRow {
+  const PackedMatrix& w;
+  const int64_t groups, whole; // of a row, and of those in vectors of eight
+  const __m256 mask;           // of the groups in the last vector
+  const float *x_scales, *x_sums;
+
+  OneRow(const PackedMatrix& matrix, const PreparedRow& row, const std::byte* x)
+      : w(matrix), groups(row.groups), whole(row.groups / 8 * 8), mask(group_mask(row.groups % 8)),
+        x_scales(row.scales(x)), x_sums(row.sums(x)) {}
+
+  // Row n of W times x, t [groups].
+  Q4_INLINE float result(int64_t n, const int32_t* t) const {
+    constexpr int64_t kSize = size_of(kDType);
+    const auto* scales = static_cast<const std::byte*>(w.scales) + n * groups * kSize;
+    const auto* biases = static_cast<const std::byte*>(w.biases) + n * groups * kSize;
+    Lanes lanes{};
+    int64_t g = 0;
+    for (; g + 16 <= whole; g += 16) {
+      lanes.add(t + g, load8(scales + g * kSize, kDType), load8(biases + g * kSize, kDType),
+                x_scales + g, x_sums + g, 0);
+      lanes.add(t + g + 8, load8(scales + (g + 8) * kSize, kDType),
+                load8(biases + (g + 8) * kSize, kDType), x_scales + g + 8, x_sums + g + 8, 1);
+    }
+    if (g < whole) {
+      lanes.add(t + g, load8(scales + g * kSize, kDType), load8(biases + g * kSize, kDType),
+                x_scales + g, x_sums + g, 0);
+      g += 8;
+      if (g < groups)
+        rest(lanes, scales + g * kSize, biases + g * kSize, n, t, g, 1);
+    } else if (g < groups) {
+      rest(lanes, scales + g * kSize, biases + g * kSize, n, t, g, 0);
+    }
+    return lanes.result();
+  }
+
+  Q4_INLINE void rest(Lanes& lanes, const std::byte* scales, const std::byte* biases, int64_t n,
+                      const int32_t* t, int64_t g, int half) const {
+    __m256 scale, bias;
+    if (n * groups + g + 8 <= w.out_features * groups) [[likely]] {
+      scale = _mm256_and_ps(load8(scales, kDType), mask);
+      bias = _mm256_and_ps(load8(biases, kDType), mask);
+    } else {
+      scale = load_groups(w, w.scales, n * groups + g, groups - g);
+      bias = load_groups(w, w.biases, n * groups + g, groups - g);
+    }
+    lanes.add(t + g, scale, bias, x_scales + g, x_sums + g, half);
+  }
+};
+
 // How much of W one tile takes.
 struct TileShape {
   static constexpr int64_t kMaxSums = 2560, kOneRowSums = 1024, kManyLines = 8, kTileX = 16384;
@@ -332,6 +387,7 @@ void matvec(const PackedMatrix& w, const std::byte* prepared, int64_t rows, floa
             int64_t end) {
   const PreparedRow row(w, kPlanes);
   const TileShape shape(row, rows);
+  const OneRow<kDType> one_row(w, row, prepared);
   const int64_t line_bytes = row.rows * w.row_stride();
   const int64_t turn_codes = kTurnGroups * w.group_size * w.bits / 8;
   alignas(32) int32_t sums[TileShape::kMaxSums + kTurnGroups];
@@ -348,7 +404,16 @@ void matvec(const PackedMatrix& w, const std::byte* prepared, int64_t rows, floa
                              w.weight + w.out_features * w.row_stride(), line_bytes,
                              kSeveral ? next : kPrefetchAhead, prepared + turn * row.turn_bytes,
                              row.bytes(), rows, lines, turns, sums});
-      const int64_t group = turn * kTurnGroups, stride = turns * kTurnGroups;
+      const int64_t stride = turns * kTurnGroups;
+      if (!kSeveral && turns == all_turns) {
+        for (int64_t line = 0; line < lines; ++line)
+          for (int64_t r = 0; r < line_rows; ++r) {
+            const int64_t at = n + line * row.rows + r;
+            y[at] = one_row.result(at, sums + line * stride + r * row.groups);
+          }
+        continue;
+      }
+      const int64_t group = turn * kTurnGroups;
       const Sums part{
           w, row, prepared, rows, group, std::min(row.groups - group, stride), turn == 0, is_last};
       for (int64_t line = 0; line < lines; ++line)

@@ -7,6 +7,8 @@ kernels for an instruction set say so themselves (csrc/cpu/target.h) and are cho
 import json
 import os
 import platform
+import runpy
+import sys
 from pathlib import Path
 
 import torch
@@ -54,6 +56,21 @@ FLAGS = [
     "-Wall",
 ]
 
+# The Metal backend: its kernels are text in the extension, compiled by torch when they are needed.
+LINK_FLAGS: list[str] = []
+if sys.platform == "darwin":
+    KERNEL_TEXT = "build/metal/kernel_text.cpp"
+    runpy.run_path(str(ROOT / "csrc/metal/embed.py"))["write_source"](ROOT / KERNEL_TEXT)
+    SOURCES += [
+        KERNEL_TEXT,
+        "csrc/metal/library.mm",
+        "csrc/metal/ops_mps.mm",
+        "csrc/metal/pipelines.cpp",
+    ]
+    # A wrong selector is only a warning otherwise.
+    FLAGS += ["-fobjc-arc", "-Werror=objc-method-access"]
+    LINK_FLAGS += ["-framework", "Metal", "-framework", "Foundation"]
+
 
 class BuildWithStamp(BuildExtension):
     """Leaves _build.json beside the extension: a wrong torch is named before the loader fails."""
@@ -70,7 +87,12 @@ setup(
             "torch_q4metal._C",
             SOURCES,
             extra_compile_args={"cxx": FLAGS + (["-g"] if DEBUG else ["-g0"])},
-            depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.h"))],
+            extra_link_args=LINK_FLAGS,
+            depends=[
+                str(path.relative_to(ROOT))
+                for path in sorted(ROOT.glob("csrc/**/*"))
+                if path.suffix in (".h", ".mm", ".metal", ".py")
+            ],
         )
     ],
     cmdclass={"build_ext": BuildWithStamp},

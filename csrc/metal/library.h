@@ -1,0 +1,15 @@
+// Metal libraries as torch compiles them, with our own compile options.
+#pragma once
+
+#include <ATen/native/mps/MetalShaderLibrary.h>
+
+#include <memory>
+#include <string>
+
+namespace q4metal::mps {
+
+// Compiled on first use. Math mode "safe" (no reassociation, infinities and NaN kept: two rows of
+// a batch must give the bits that one gives), language version 3.1, which has bfloat: macOS 14.
+std::unique_ptr<at::native::mps::MetalShaderLibrary> make_library(std::string source);
+
+} // namespace q4metal::mps

@@ -1,0 +1,107 @@
+#include "memory.h"
+
+#include <c10/core/Allocator.h>
+#include <c10/util/Exception.h>
+#include <sys/mman.h>
+
+#include <cstdlib>
+#include <map>
+#include <mutex>
+
+namespace standin {
+namespace {
+
+constexpr size_t kAlignment = 256; // of Metal's buffers
+
+struct Contents {
+  std::byte* data;
+  size_t size;
+  size_t mapped;
+};
+
+struct Buffers {
+  std::mutex mutex;
+  std::map<const void*, Contents> by_handle;
+  int64_t made = 0;
+
+  static Buffers& instance() {
+    static auto* buffers = new Buffers;
+    return *buffers;
+  }
+};
+
+void release(void* handle) {
+  auto& buffers = Buffers::instance();
+  const std::lock_guard lock(buffers.mutex);
+  const auto found = buffers.by_handle.find(handle);
+  std::free(found->second.data);
+  munmap(handle, found->second.mapped);
+  buffers.by_handle.erase(found);
+}
+
+struct Allocator final : at::Allocator {
+  at::DataPtr allocate(size_t size) override {
+    const c10::Device device(c10::DeviceType::MPS, 0);
+    if (size == 0)
+      return {nullptr, nullptr, &release_nothing, device};
+    const size_t rounded = (size + kAlignment - 1) / kAlignment * kAlignment;
+    const size_t mapped = (size + 4095) / 4096 * 4096;
+    void* handle = mmap(nullptr, mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    TORCH_CHECK(handle != MAP_FAILED, "no address range for ", size, " bytes");
+    auto* data = static_cast<std::byte*>(std::aligned_alloc(kAlignment, rounded));
+    // Neither zero nor a plausible number in any dtype.
+    std::fill(data, data + rounded, std::byte{0xFB});
+    auto& buffers = Buffers::instance();
+    const std::lock_guard lock(buffers.mutex);
+    buffers.by_handle[handle] = {data, size, mapped};
+    ++buffers.made;
+    return {handle, handle, &release, device};
+  }
+
+  at::DeleterFnPtr raw_deleter() const override { return &release; }
+  void copy_data(void*, const void*, size_t) const override {
+    TORCH_CHECK(false, "buffers of the MPS stand-in are not copied by address");
+  }
+
+  static void release_nothing(void*) {}
+};
+
+} // namespace
+
+at::Allocator* allocator() {
+  static auto* one = new Allocator;
+  return one;
+}
+
+Range bytes_of(const void* handle, uint64_t offset) {
+  if (handle == nullptr)
+    return {nullptr, 0};
+  auto& buffers = Buffers::instance();
+  const std::lock_guard lock(buffers.mutex);
+  const auto found = buffers.by_handle.find(handle);
+  TORCH_CHECK(found != buffers.by_handle.end(), "not a buffer of the MPS stand-in");
+  TORCH_CHECK(offset <= found->second.size, "offset ", offset, " lies beyond a buffer of ",
+              found->second.size, " bytes");
+  return {found->second.data + offset, found->second.size - offset};
+}
+
+Range bytes_of(const at::TensorBase& tensor) {
+  TORCH_CHECK(tensor.device().is_mps(), "a tensor on ", tensor.device(), " is not on MPS");
+  auto range = bytes_of(tensor.storage().data(), tensor.storage_offset() * tensor.element_size());
+  int64_t last = tensor.numel() == 0 ? -1 : 0;
+  for (int64_t i = 0; i < tensor.dim() && last >= 0; ++i)
+    last += (tensor.size(i) - 1) * tensor.stride(i);
+  const uint64_t needed = (last + 1) * tensor.element_size();
+  TORCH_CHECK(needed <= range.size, "a tensor reaches beyond its buffer");
+  return {range.data, needed};
+}
+
+int64_t allocations() {
+  auto& buffers = Buffers::instance();
+  const std::lock_guard lock(buffers.mutex);
+  return buffers.made;
+}
+
+} // namespace standin
+
+extern "C" int64_t standin_allocations() { return standin::allocations(); }

@@ -1,0 +1,125 @@
+"""Builds the stand-in for torch's Metal side: tests/macos/standin with the host code of csrc/metal."""
+
+import concurrent.futures
+import ctypes
+import hashlib
+import os
+import runpy
+import shlex
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import torch
+from msl import library as msl_library
+from msl.build import MetalCompileError
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BUILD = ROOT / "build" / "macos" / "standin"
+HOST_CODE = ["csrc/metal/ops_mps.mm", "csrc/metal/pipelines.cpp"]
+STANDIN = [
+    "tests/macos/standin/aten_mps.cpp",
+    "tests/macos/standin/kernels.cpp",
+    "tests/macos/standin/memory.cpp",
+    "tests/macos/standin/metal_shader_library.cpp",
+]
+_TORCH = Path(torch.__file__).parent
+_FLAGS = [
+    "-std=c++20", "-O0", "-g0", "-fPIC", "-Wall", "-DQ4METAL_STANDIN",
+    f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+    "-isystem", str(_TORCH / "include"),
+    "-isystem", str(_TORCH / "include/torch/csrc/api/include"),
+]  # fmt: skip
+_COMPILER = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64)
+
+
+def _compile(source: Path, headers: str) -> Path:
+    key = hashlib.sha256(f"{_FLAGS}{torch.__version__}{headers}{source.read_text()}".encode())
+    target = BUILD / f"{source.stem}-{key.hexdigest()[:20]}.o"
+    if not target.exists():
+        _run(
+            *_FLAGS,
+            "-x",
+            "c++",
+            "-c",
+            str(source),
+            "-o",
+            str(partial := target.with_suffix(".part")),
+        )
+        partial.replace(target)
+    return target
+
+
+def _run(*arguments: str) -> None:
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    result = subprocess.run(
+        [*compiler, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def build() -> Path:
+    """The shared library: the host code, the embedded Metal text, and what stands in for torch."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    text = BUILD / "kernel_text.cpp"
+    runpy.run_path(str(ROOT / "csrc/metal/embed.py"))["write_source"](text)
+    folders = ("csrc", "csrc/metal", "csrc/plan", "tests/macos/standin", "tests/msl/runtime")
+    headers = "".join(
+        path.read_text() for folder in folders for path in sorted((ROOT / folder).glob("*.h"))
+    )
+    sources = [text, *(ROOT / source for source in HOST_CODE + STANDIN)]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda source: str(_compile(source, headers)), sources))
+    key = hashlib.sha256("".join(objects).encode()).hexdigest()[:20]
+    target = BUILD / f"standin-{key}.so"
+    if not target.exists():
+        libraries = [f"-L{_TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
+        partial = target.with_suffix(".part")
+        _run("-shared", "-Wl,--no-undefined", *objects, *libraries, "-o", str(partial))
+        partial.replace(target)
+    return target
+
+
+class Standin:
+    """The loaded stand-in: after this ``.to("mps")`` works in this process, on Linux.
+
+    ``mode``: "typed" or "check", the build of tests/msl that kernels compiled from now on run in.
+    """
+
+    def __init__(self) -> None:
+        path = build()
+        torch.ops.load_library(str(path))
+        self.mode = "typed"
+        self._library = ctypes.CDLL(str(path))
+        for name in ("standin_fallbacks", "standin_dispatches"):
+            getattr(self._library, name).restype = ctypes.c_char_p
+        self._library.standin_allocations.restype = ctypes.c_int64
+        self._callback = _COMPILER(self._compile_metal)  # kept alive
+        self._library.standin_set_compiler(self._callback)
+
+    def _compile_metal(self, text: bytes, answer: int, capacity: int) -> None:
+        try:
+            result = str(msl_library.build(text.decode(), "kernel.metal", self.mode))
+        except MetalCompileError as error:
+            result = f"!{error}"
+        raw = result.encode()[: capacity - 1] + b"\0"
+        ctypes.memmove(answer, raw, len(raw))
+
+    def fallbacks(self) -> list[str]:
+        """Operators that ran on the CPU so far."""
+        return self._library.standin_fallbacks().decode().split()
+
+    def dispatches(self) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+        """(kernel, threads of the grid, threads of a threadgroup) of each dispatch so far."""
+        lines = [line.split() for line in self._library.standin_dispatches().decode().splitlines()]
+        return [(n, tuple(map(int, s[:3])), tuple(map(int, s[3:]))) for n, *s in lines]
+
+    def allocations(self) -> int:
+        """MPS buffers made so far."""
+        return self._library.standin_allocations()
+
+
+@cache
+def load() -> Standin:
+    """The stand-in of this process."""
+    return Standin()

@@ -1,0 +1,91 @@
+// What csrc/metal and torch's headers use of Metal, declared by hand for type checks without macOS.
+// Selectors are compared with an independent list (tests/macos/selectors.py).
+#pragma once
+
+#import <Foundation/Foundation.h>
+
+#pragma clang assume_nonnull begin
+
+typedef struct {
+  NSUInteger width, height, depth;
+} MTLSize;
+
+static inline MTLSize MTLSizeMake(NSUInteger width, NSUInteger height, NSUInteger depth) {
+  return (MTLSize){width, height, depth};
+}
+
+typedef enum MTLLanguageVersion : NSUInteger {
+  MTLLanguageVersion3_1 = (3 << 16) + 1,
+} MTLLanguageVersion;
+typedef enum MTLMathMode : NSInteger {
+  MTLMathModeSafe = 0,
+  MTLMathModeRelaxed = 1,
+  MTLMathModeFast = 2,
+} MTLMathMode;
+typedef enum MTLDispatchType : NSUInteger {
+  MTLDispatchTypeSerial,
+  MTLDispatchTypeConcurrent,
+} MTLDispatchType;
+typedef enum MTLBarrierScope : NSUInteger {
+  MTLBarrierScopeBuffers = 1 << 0,
+} MTLBarrierScope;
+typedef enum MTLCommandBufferStatus : NSUInteger {
+  MTLCommandBufferStatusCompleted = 4,
+  MTLCommandBufferStatusError = 5,
+} MTLCommandBufferStatus;
+
+@protocol MTLCommandBuffer;
+typedef void (^MTLCommandBufferHandler)(id<MTLCommandBuffer> buffer);
+
+@interface MTLCompileOptions : NSObject
+@property(readwrite, nonatomic) BOOL fastMathEnabled;
+@property(readwrite, nonatomic) MTLMathMode mathMode;
+@property(readwrite, nonatomic) MTLLanguageVersion languageVersion;
+@end
+
+@protocol MTLBuffer <NSObject>
+@property(readonly) NSUInteger length;
+@end
+
+@protocol MTLFunction <NSObject>
+@end
+
+@protocol MTLLibrary <NSObject>
+@end
+
+@protocol MTLComputePipelineState <NSObject>
+@property(readonly) NSUInteger maxTotalThreadsPerThreadgroup;
+@end
+
+@protocol MTLSharedEvent <NSObject>
+@end
+
+@protocol MTLCommandQueue <NSObject>
+@end
+
+@protocol MTLDevice <NSObject>
+@property(readonly) NSString* name;
+@end
+
+@protocol MTLCommandEncoder <NSObject>
+- (void)endEncoding;
+@end
+
+@protocol MTLComputeCommandEncoder <MTLCommandEncoder>
+- (void)setComputePipelineState:(id<MTLComputePipelineState>)state;
+- (void)setBytes:(const void*)bytes length:(NSUInteger)length atIndex:(NSUInteger)index;
+- (void)setBuffer:(nullable id<MTLBuffer>)buffer
+           offset:(NSUInteger)offset
+          atIndex:(NSUInteger)index;
+- (void)dispatchThreadgroups:(MTLSize)threadgroups threadsPerThreadgroup:(MTLSize)threads;
+- (void)memoryBarrierWithScope:(MTLBarrierScope)scope;
+@end
+
+@protocol MTLCommandBuffer <NSObject>
+@property(readonly) MTLCommandBufferStatus status;
+@property(nullable, readonly) NSError* error;
+- (nullable id<MTLComputeCommandEncoder>)computeCommandEncoderWithDispatchType:
+    (MTLDispatchType)type;
+@end
+
+#pragma clang assume_nonnull end

@@ -23,6 +23,9 @@ std::vector<const KernelTable*> supported_tables() {
     tables.push_back(&avx512_kernels);
   if (has_avx2())
     tables.push_back(&avx2_kernels);
+#elif defined(__aarch64__)
+  if (has_neon())
+    tables.push_back(&neon_kernels);
 #endif
   tables.push_back(&ref_kernels);
   if (!has_amx()) {

@@ -99,6 +99,8 @@ constexpr int64_t kColumnStep = 128; // whole groups of every size
 extern const KernelTable ref_kernels;
 #if defined(__x86_64__)
 extern const KernelTable avx2_kernels, avx512_kernels;
+#elif defined(__aarch64__)
+extern const KernelTable neon_kernels;
 #endif
 
 // The table in use: Q4METAL_CPU if it is set, else the best that the CPU supports. Throws

@@ -1,51 +1,50 @@
 // What the NEON kernels share. Everything after this header, itself included, compiles for ARMv8.2
-// with the dot product instructions: include it last, and run nothing of it before dispatch.cpp has
-// looked at the CPU.
+// with the dot product instructions, or for Q4_NEON_TARGET where a file defines that: include it
+// last, and run nothing of it before dispatch.cpp has looked at the CPU.
 #pragma once
 
 #include <arm_neon.h>
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "float_types.h"
 #include "kernels.h"
 
+#define Q4_DOT_TARGET "arch=armv8.2-a+dotprod"
+#define Q4_I8MM_TARGET "arch=armv8.2-a+dotprod+i8mm"
+#if !defined(Q4_NEON_TARGET)
+#define Q4_NEON_TARGET Q4_DOT_TARGET
+#endif
+
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("arch=armv8.2-a+dotprod"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target(Q4_NEON_TARGET))), apply_to = function)
 #else
-#pragma GCC target("arch=armv8.2-a+dotprod")
+#define Q4_PRAGMA(text) _Pragma(#text)
+#define Q4_TARGET_PRAGMA(target) Q4_PRAGMA(GCC target(target))
+Q4_TARGET_PRAGMA(Q4_NEON_TARGET)
 #endif
 
 namespace q4metal::cpu {
 
-extern const MatvecKernel neon_split_matvec, neon_int8_matvec;
-extern const GemmKernel neon_split_gemm, neon_int8_gemm;
-
-// Activations as integers (split.h), for the matvec and the GEMM alike. A row is, per 32 columns,
-// the bytes of its integers: 32 high bytes and 32 low ones for fast, 32 bytes for int8. High is
-// (x16 + 128) >> 8, low the remainder, both signed. Where W has 4 bits, even columns come before
-// odd ones, as a vector of packed bytes gives them. Then per group, padded with zeros to whole
-// vectors: sx, float(sum of x16) * sx, and for 8 bits 128 * sum of x16.
-struct NeonSplitRow {
-  int64_t codes, groups; // bytes, elements
-
-  NeonSplitRow(const PackedMatrix& w, int planes)
-      : codes(w.in_features * planes), groups((w.groups() + 3) / 4 * 4) {}
-  int64_t bytes() const { return (codes + 12 * groups + 63) / 64 * 64; }
-  const float* scales(const std::byte* row) const {
-    return reinterpret_cast<const float*>(row + codes);
-  }
-  const float* sums(const std::byte* row) const { return scales(row) + groups; }
-  const int32_t* offsets(const std::byte* row) const {
-    return reinterpret_cast<const int32_t*>(sums(row) + groups);
-  }
+// The functions of the integer kernels, for fast and int8. Functions, not kernels: a table made of
+// their addresses needs no code to run when the library is loaded.
+template <Precision kPrecision> struct NeonMatvec {
+  static size_t prepared_bytes(const PackedMatrix& w, int64_t rows);
+  static void prepare(const PackedMatrix& w, const float* x, int64_t rows, std::byte* prepared);
+  static void run(const PackedMatrix& w, const std::byte* prepared, int64_t rows, float* y,
+                  int64_t begin, int64_t end);
 };
 
-constexpr int split_planes(Precision p) { return p == Precision::int8 ? 1 : 2; }
-
-void neon_split_rows(Precision precision, const PackedMatrix& w, const float* x, int64_t first,
-                     int64_t last, std::byte* prepared);
+template <Precision kPrecision> struct NeonGemm {
+  static size_t prepared_bytes(const PackedMatrix& w, int64_t rows);
+  static void prepare(const PackedMatrix& w, const float* x, int64_t rows, int64_t first,
+                      int64_t last, std::byte* prepared);
+  static void run(const PackedMatrix& w, const float* x, const std::byte* prepared, int64_t rows,
+                  float* y, int64_t begin, int64_t end);
+};
 
 namespace {
 
@@ -64,25 +63,64 @@ Q4_INLINE float32x4_t load4(const void* values, DType dtype) {
   return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(p)), 16));
 }
 
-// Scales or biases [index, index + 4) of a matrix, of which `count` may be read; zeros in place of
-// the others.
+// Scales or biases [index, index + 4) of all N * groups of a matrix, zeros in place of those from
+// `count` on. They belong to the next row, so a whole vector may be read, except at the end of the
+// array.
 Q4_INLINE float32x4_t load_groups(const PackedMatrix& w, const void* values, int64_t index,
                                   int64_t count) {
   const int64_t size = size_of(w.scales_dtype);
   const auto* p = static_cast<const std::byte*>(values) + index * size;
   if (count >= 4)
     return load4(p, w.scales_dtype);
+  static constexpr uint32_t kMask[8] = {~0u, ~0u, ~0u, ~0u};
+  if (index + 4 <= w.out_features * w.groups())
+    return vreinterpretq_f32_u32(
+        vandq_u32(vreinterpretq_u32_f32(load4(p, w.scales_dtype)), vld1q_u32(kMask + 4 - count)));
   alignas(16) std::byte padded[16] = {};
   std::memcpy(padded, p, count * size);
   return load4(padded, w.scales_dtype);
 }
 
-// ---- codes: how 32 of them become two vectors of bytes. `signed_codes` are less by `kOffset`, so
-// that they fit signed bytes.
+// Calls f(0) to f(kCount - 1) with constants: which lane an instruction takes is part of it.
+template <int kCount, typename F> Q4_INLINE void unrolled(const F& f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, i>{}), ...);
+  }(std::make_integer_sequence<int, kCount>{});
+}
+
+constexpr int64_t kTileRows = 4; // of x, what the registers hold
+
+// Calls f<1>() to f<kTileRows>(), with `rows` or the most.
+template <typename F> Q4_INLINE void for_tile_rows(int64_t rows, const F& f) {
+  switch (rows) {
+  case 1:
+    return f.template operator()<1>();
+  case 2:
+    return f.template operator()<2>();
+  case 3:
+    return f.template operator()<3>();
+  default:
+    return f.template operator()<kTileRows>();
+  }
+}
+
+// Calls f<kRows>(m, begin, end) for tiles of rows of x and ranges of rows of W. Beyond one tile the
+// later ones go over a few rows of W, which are in the cache by then.
+template <typename F> void for_matvec_tiles(int64_t rows, int64_t begin, int64_t end, const F& f) {
+  constexpr int64_t kRowsOfW = 16;
+  const int64_t step = rows > kTileRows ? kRowsOfW : std::max<int64_t>(end - begin, 1);
+  for (int64_t n = begin; n < end; n += step)
+    for (int64_t m = 0; m < rows; m += kTileRows)
+      for_tile_rows(rows - m, [&]<int kRows>() {
+        f.template operator()<kRows>(m, n, std::min(n + step, end));
+      });
+}
+
+// ---- codes: how 32 of them become two vectors of bytes. Less kOffset they fit signed bytes.
 
 struct Nibbles {
   static constexpr int kOffset = 0;
-  static constexpr bool kEvenOdd = true; // the even codes, then the odd ones
+  static constexpr bool kEvenOdd = true; // the 16 even codes, then the odd ones
 
   explicit Nibbles(int) {}
   static constexpr int run_bytes() { return 16; }
@@ -155,50 +193,49 @@ private:
   int16x8_t shifts;
 };
 
+// `codes` less kOffset, as signed bytes.
+template <typename Width> Q4_INLINE int8x16_t signed_codes(uint8x16_t codes) {
+  return vreinterpretq_s8_u8(Width::kOffset == 0 ? codes : veorq_u8(codes, vdupq_n_u8(0x80)));
+}
+
 template <typename Width>
 Q4_INLINE void signed_codes(const Width& width, const uint8_t* run, int8x16_t* out) {
   uint8x16_t codes[2];
   width.load(run, codes);
-  for (int i = 0; i < 2; ++i)
-    out[i] =
-        vreinterpretq_s8_u8(Width::kOffset == 0 ? codes[i] : veorq_u8(codes[i], vdupq_n_u8(0x80)));
+  out[0] = signed_codes<Width>(codes[0]);
+  out[1] = signed_codes<Width>(codes[1]);
 }
 
-// In natural order.
-template <typename Width>
-Q4_INLINE void ordered_codes(const Width& width, const uint8_t* run, uint8x16_t* out) {
-  uint8x16_t codes[2];
-  width.load(run, codes);
-  out[0] = Width::kEvenOdd ? vzip1q_u8(codes[0], codes[1]) : codes[0];
-  out[1] = Width::kEvenOdd ? vzip2q_u8(codes[0], codes[1]) : codes[1];
+// Calls f(width) for the bits of w.
+template <typename F> void for_width(const PackedMatrix& w, const F& f) {
+  switch (w.bits) {
+  case 4:
+    return f(Nibbles(w.bits));
+  case 8:
+    return f(Octets(w.bits));
+  default:
+    return f(OddWidth(w.bits));
+  }
 }
 
-// Calls f(width, group) for the format of w. `group` is the group size as a constant for the widths
-// that matter for speed, so that their loops over a group unroll; the others share one build.
+// Calls f(width, group) for the format of w. `group` is the group size, as a constant for the
+// widths that matter for speed, so that their loops over a group unroll; the others share one
+// build.
 template <int kSize> struct FixedGroup {
   constexpr operator int() const { return kSize; }
 };
 
-template <typename Width, typename F> void for_group_size(const PackedMatrix& w, const F& f) {
-  switch (w.group_size) {
-  case 32:
-    return f(Width(w.bits), FixedGroup<32>());
-  case 64:
-    return f(Width(w.bits), FixedGroup<64>());
-  default:
-    return f(Width(w.bits), FixedGroup<128>());
-  }
-}
-
 template <typename F> void for_format(const PackedMatrix& w, const F& f) {
-  switch (w.bits) {
-  case 4:
-    return for_group_size<Nibbles>(w, f);
-  case 8:
-    return for_group_size<Octets>(w, f);
-  default:
-    return f(OddWidth(w.bits), w.group_size);
-  }
+  for_width(w, [&]<typename Width>(const Width& width) {
+    if constexpr (std::is_same_v<Width, OddWidth>)
+      return f(width, w.group_size);
+    else if (w.group_size == 32)
+      return f(width, FixedGroup<32>());
+    else if (w.group_size == 64)
+      return f(width, FixedGroup<64>());
+    else
+      return f(width, FixedGroup<128>());
+  });
 }
 
 } // namespace

@@ -17,6 +17,10 @@ std::vector<LinkedTable> linked_tables() {
   }
   if (has_avx2())
     best = &avx2_kernels;
+#elif defined(__aarch64__)
+  tables.push_back({&neon_kernels, has_neon(), false});
+  if (has_neon())
+    best = &neon_kernels;
 #endif
   static const KernelTable emulated = amx_emulated_table(*best);
   tables.push_back({&emulated, true, true});

@@ -36,10 +36,12 @@ _SANITIZERS = [
     "-fsanitize=thread,bounds,shift,integer-divide-by-zero,unreachable,return",
     "-fno-sanitize-recover=all",
 ]
-# ThreadSanitizer tells of accesses up to 16 bytes only, so nothing may be vectorized beyond.
+# ThreadSanitizer tells of accesses up to 16 bytes only, so nothing may be vectorized beyond; a read just
+# before a write of the same place would not be told of by default.
 _CHECKED = [
     "-O1", "-fsanitize=thread", "-fno-vectorize", "-fno-slp-vectorize", "-mprefer-vector-width=128",
     "-mllvm", "-tsan-instrument-func-entry-exit=0",
+    "-mllvm", "-tsan-instrument-read-before-write=1",
 ]  # fmt: skip
 _EXECUTOR = ["executor", "dispatch", "faults", "fiber", "symbols"]
 _CHECKER = ["checker", "memory", "hooks"]
@@ -92,7 +94,8 @@ def _preprocess(text: str, name: str, include_dirs: Sequence[Path], defines: Seq
 @cache
 def _tool_parts() -> tuple[str, ...]:
     """Everything besides the text that a build depends on."""
-    files = [*HOST.rglob("*"), *RUNTIME.iterdir(), *HERE.glob("*.py")]
+    parts = (HERE / f"{name}.py" for name in ("build", "lexer", "lint", "rewrite"))
+    files = [*HOST.rglob("*"), *RUNTIME.iterdir(), *parts]
     version = subprocess.run([*_CLANG, "--version"], capture_output=True, text=True, check=True)
     return (version.stdout, *(f.read_text() for f in sorted(files) if f.is_file()))
 

@@ -76,13 +76,15 @@ class _Lint:
             elif token.text == "long" and t.at(t.after(i)) in ("long", "double"):
                 self._problem(i, f"Metal has no 'long {t.at(t.after(i))}'")
             elif token.kind == "string" and token.text[0] == '"' and i > attribute_end:
-                if not self._in_static_assert(i):
+                if not self._may_have_string(i):
                     self._problem(i, "Metal has no strings")
             elif token.text == "[" and i > attribute_end and self._is_lambda(i):
                 self._problem(i, "Metal has no lambdas")
 
-    def _in_static_assert(self, i: int) -> bool:
+    def _may_have_string(self, i: int) -> bool:
         t = self.tokens
+        if t.at(t.before(t.before(i))) == "__builtin_nanf":
+            return True
         return any(x.text == "static_assert" for x in t[t.declaration_start(t.declaration_start(i) - 1) : i])
 
     def _is_lambda(self, i: int) -> bool:
@@ -167,10 +169,7 @@ class _Lint:
                 continue
             if t.at(t.before(i)) in (".", "->", "struct", "class", "typename", "using", "enum"):
                 continue
-            words, j = set(), t.before(i)
-            while j >= 0 and (t[j].kind == "name" or t.at(j) == "::"):
-                words.add(t.at(j))
-                j = t.before(j)
+            words = self._words_before(i)
             j = t.after(i)
             if t.at(j) == "<":
                 try:
@@ -182,6 +181,34 @@ class _Lint:
                 j = t.after(j)
             if t.at(j) in ("*", "&", "&&") and not words & _SPACES and self._declares(i, j):
                 self._problem(i, f"a pointer or reference to '{token.text}' without address space")
+            elif t.at(j) == "*" and self._declares(i, j):
+                self._outer_pointer(i, j)
+
+    def _outer_pointer(self, i: int, star: int) -> None:
+        """Each further ``*`` or ``&`` of a declarator says where its pointer lives, too."""
+        t, words, j = self.tokens, set(), self.tokens.after(star)
+        while t.at(j) in _SPACES or t.at(j) in ("const", "volatile"):
+            words.add(t.at(j))
+            j = t.after(j)
+        if t.at(j) in ("*", "&") and not words & _SPACES:
+            self._problem(i, f"a pointer to a pointer to '{t.at(i)}' without address space")
+
+    def _words_before(self, i: int) -> set[str]:
+        """The names in front of a type: its qualifiers and the scopes it is in (`A<B>::type`)."""
+        t, words, j = self.tokens, set(), self.tokens.before(i)
+        while j >= 0 and (t[j].kind == "name" or t.at(j) in ("::", ">")):
+            if t.at(j) == ">":
+                if t.at(t.after(j)) != "::":
+                    break
+                depth = 0
+                while j >= 0:
+                    depth += (t.at(j) == ">") - (t.at(j) == "<")
+                    if depth == 0:
+                        break
+                    j -= 1
+            words.add(t.at(j))
+            j = t.before(j)
+        return words
 
     def _declares(self, i: int, star: int) -> bool:
         """Whether the type at ``i`` is next to the mark: with a name between it is a variable's product."""

@@ -41,8 +41,8 @@ std::string numbers(const std::vector<uint32_t>& threads) {
 
 std::string doing(const Lane& lane) {
   if (lane.state == State::kDone) return "returned";
-  if (lane.state == State::kRuns) return "still run";
-  return "wait in " + where(lane.site);
+  if (lane.state == State::kRuns) return "running";
+  return "waiting in " + where(lane.site);
 }
 
 [[noreturn]] void diverged() {

@@ -8,7 +8,7 @@ import ctypes
 import struct
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -30,7 +30,8 @@ _ABI = r"""
 using namespace q4metal;
 using namespace q4metal::mps;
 
-static KernelKey key_of(int op, const int* a) {  // a: in, scales, out, bits, group_size, rows, exact
+// a: in, scales, out, bits, group_size, rows, exact
+static KernelKey key_of(int op, const int* a) {
   const DType in = DType(a[0]), scales = DType(a[1]), out = DType(a[2]);
   switch (Op(op)) {
   case Op::matvec: return matvec_key(in, scales, a[3], a[4], a[5]);

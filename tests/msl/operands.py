@@ -2,10 +2,11 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from torch_q4metal import ops, reference
+from torch_q4metal import ops
 
 from .pairwise import Choice
 
@@ -34,7 +35,7 @@ def random_packed(case: Choice) -> Packed:
 
 
 def random_x(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Normal numbers of which one in a hundred is fifty times as large, as activations have them."""
+    """Normal numbers, one in a hundred of them fifty times as large, as activations are."""
     x = torch.randn(rows, columns)
     return torch.where(torch.rand(rows, columns) < 0.01, 50 * x, x).to(dtype)
 
@@ -43,15 +44,11 @@ def vector(size: int, dtype: torch.dtype | None) -> Tensor | None:
     return None if dtype is None else torch.randn(size).to(dtype)
 
 
-def magnitudes(x: Tensor, w: Packed, bias: Tensor | None, case: Choice, transpose: bool) -> Tensor:
-    """The same products of absolute values: s q and b are added, so both count."""
-    weight, scales, biases = w
-    codes = reference.unpack(weight, case["bits"], case["k"]).double()
-    groups = codes.reshape(*scales.shape, case["group_size"])
-    dense = groups * scales.double().abs()[..., None] + biases.double().abs()[..., None]
-    dense = dense.reshape(codes.shape)
-    total = x.double().abs() @ (dense.T if transpose else dense)
-    return total if bias is None else total + bias.double().abs()
+def codes_of(weight: Tensor, bits: int) -> Tensor:
+    """The codes [N, K] of a bit stream, by a way of their own."""
+    stream = np.unpackbits(weight.numpy().view(np.uint8), axis=1, bitorder="little")
+    single = torch.from_numpy(stream).reshape(len(stream), -1, bits)
+    return (single << torch.arange(bits, dtype=torch.uint8)).sum(-1, dtype=torch.float64)
 
 
 def assert_products(
@@ -67,13 +64,23 @@ def assert_products(
 
     ``tile``: the dtype that W was rounded to before it was multiplied.
     """
-    numbers = {"group_size": case["group_size"], "bits": case["bits"], "transpose": transpose}
-    exact = reference.matmul(x, *w, bias, **numbers)
-    total = magnitudes(x, w, bias, case, transpose)
+    weight, scales, biases = w
+    parts = codes_of(weight, case["bits"]).reshape(*scales.shape, -1) * scales.double()[..., None]
+    offsets = biases.double()[..., None]
+    offset = torch.zeros(1, dtype=torch.float64) if bias is None else bias.double()
+
+    def product(factor: Tensor, dense: Tensor, offset: Tensor) -> Tensor:
+        dense = dense.reshape(len(weight), -1)
+        return factor @ (dense.T if transpose else dense) + offset
+
+    exact = product(x.double(), parts + offsets, offset)
+    # s q and b are added separately, so the magnitudes of both count.
+    total = product(x.double().abs(), parts.abs() + offsets.abs(), offset.abs())
     rounding = (UNIT[tile] if tile != torch.float32 else 0.0) + SUM_ERROR
     bound = UNIT[y.dtype] * exact.abs() + rounding * total
-    assert y.dtype == torch.promote_types(x.dtype, w[1].dtype), case
+    assert y.dtype == torch.promote_types(x.dtype, scales.dtype), case
     assert ((y.double() - exact).abs() <= bound).all(), (case, _worst(y, exact, bound))
+    numbers = {"group_size": case["group_size"], "bits": case["bits"], "transpose": transpose}
     cpu = ops.matmul(x, *w, bias, precision="exact", **numbers)
     assert cpu.dtype == y.dtype
     assert ((y.double() - cpu.double()).abs() <= 2 * bound).all(), (case, _worst(y, cpu, bound))

@@ -1,5 +1,5 @@
-"""The single operators' Metal text, executed: against float64, against the CPU's operators, bit for bit
-between numbers of rows, and watched in three run orders."""
+"""The Metal text of matvec, embedding and codec, executed: against float64 and the CPU's operators,
+bit for bit between numbers of rows, and watched in three run orders."""
 
 from functools import cache
 
@@ -152,7 +152,7 @@ def quantize_kernel(case: Choice) -> Kernel:
 
 
 def matrix_to_quantize(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Random rows; as far as there are rows, also zeros, a constant, one sign only, ties, tiny ones."""
+    """Random rows; if there are enough also zeros, a constant, one sign only, ties, tiny ones."""
     w = torch.randn(rows, columns)
     kinds = [
         torch.zeros(columns),

@@ -65,22 +65,19 @@ struct Executor::Workspace {
   struct Thread {
     Memory memory;
     float* input;
-    float* blocks; // a KV block's keys and values in float32
     std::array<std::byte*, 3> prepared;
   };
   std::vector<std::unique_ptr<Thread>> threads;
-  size_t input_floats = 0, block_floats = 0, prepared_bytes = 0;
+  size_t input_floats = 0, prepared_bytes = 0;
 
   std::vector<std::atomic<int64_t>> next; // per step: the next piece to take
 
   void add_threads(int count) {
     while (int(threads.size()) < count) {
       auto thread = std::make_unique<Thread>();
-      thread->memory.allocate((input_floats + block_floats) * sizeof(float) + 3 * prepared_bytes +
-                              8 * kAlign);
+      thread->memory.allocate(input_floats * sizeof(float) + 3 * prepared_bytes + 8 * kAlign);
       std::byte* at = thread->memory.data;
       thread->input = aligned<float>(at, input_floats);
-      thread->blocks = aligned<float>(at, block_floats);
       for (auto& prepared : thread->prepared)
         prepared = aligned<std::byte>(at, prepared_bytes);
       threads.push_back(std::move(thread));
@@ -116,7 +113,6 @@ Executor::Executor(plan::Plan plan, int64_t context)
                                       table.matvec(shape.precision).prepared_bytes(*packed, rows));
     }
   w.input_floats = kMaxRows * widest_input;
-  w.block_floats = 2 * plan::kBlockPositions * shape.head_dim;
   w.partial_stride = splits_of(context) * shape.heads * (shape.head_dim + 2);
   const int64_t query = shape.heads * shape.head_dim, widest = widest_output(plan_);
   w.shared.allocate(
@@ -346,7 +342,7 @@ private:
       float* out = w_.partial + m * w_.partial_stride + (split * shape_.heads + query) * (dim + 2);
       table_.vector.attention_split({w_.queries + (m * shape_.heads + query) * dim, queries, dim,
                                      begin, end, shape_.attention_scale, shape_.kv_dtype, &source,
-                                     block_at<0>, block_at<1>, out, own_.blocks});
+                                     block_at<0>, block_at<1>, out});
     });
   }
 

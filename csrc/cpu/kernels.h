@@ -58,8 +58,7 @@ struct AttentionSplit {
   const void* context;
   const void* (*key_block)(const void* context, int64_t block); // [32, head_dim] of this KV head
   const void* (*value_block)(const void* context, int64_t block);
-  float* out;     // [queries, head_dim + 2]: weighted values, maximum, sum
-  float* scratch; // [2, 32, head_dim]
+  float* out; // [queries, head_dim + 2]: weighted values, maximum, sum
 };
 
 // What decoding computes beside packed matrices (vector_math.h), float32.

@@ -179,88 +179,145 @@ void dense_matvec(const DenseMatrix& w, const float* x, int64_t rows, float* y, 
   }
 }
 
-// `count` values in float32: in place if they are, else in `scratch`.
-template <typename T> const float* widened(const T* values, int64_t count, float* scratch) {
-  if constexpr (std::is_same_v<T, float>) {
-    return values;
-  } else {
-    int64_t i = 0;
-    for (; i + kWidth <= count; i += kWidth)
-      store(scratch + i, widen8(values + i));
-    for (; i < count; ++i)
-      scratch[i] = widen(values[i]);
-    return scratch;
+// ---- attention
+
+constexpr int kBlock = AttentionSplit::kBlockPositions;
+// Query heads, and keys, that meet at a time: twelve sums, four keys in 16 registers.
+constexpr int kQueries = 3, kKeys = 4;
+
+// Scores of a block's 32 keys for kQ queries: scores[q][p]. A product's order is that of its
+// vectors, in one chain, whatever kQ is. Keys behind the block's last one get scores too.
+template <int kQ, typename T>
+Q4_INLINE void score_block(const float* query, const T* keys, int64_t dim, float scale,
+                           float (*scores)[kBlock]) {
+  for (int first = 0; first < kBlock; first += kWidth) {
+    Vec lanes[kQ][kWidth];
+    for (int half = 0; half < kWidth; half += kKeys) {
+      const T* key = keys + (first + half) * dim;
+      Vec sums[kKeys][kQ] = {};
+      for (int64_t i = 0; i < dim; i += kWidth)
+        for (int j = 0; j < kKeys; ++j) {
+          const Vec k = widen8(key + j * dim + i);
+          for (int q = 0; q < kQ; ++q)
+            sums[j][q] = multiply_add(k, load(query + q * dim + i), sums[j][q]);
+        }
+      for (int j = 0; j < kKeys; ++j)
+        for (int q = 0; q < kQ; ++q)
+          lanes[q][half + j] = sums[j][q];
+    }
+    for (int q = 0; q < kQ; ++q)
+      store(scores[q] + first, sums_of(lanes[q]) * scale);
   }
 }
 
+// The same for a head size that is no multiple of eight.
+template <int kQ, typename T>
+void score_ragged(const float* query, const T* keys, int64_t dim, float scale, int count,
+                  float (*scores)[kBlock]) {
+  for (int q = 0; q < kQ; ++q)
+    for (int p = 0; p < count; ++p)
+      scores[q][p] = dot(query + q * dim, keys + p * dim, dim) * scale;
+}
+
+// Scores become weights e^(score - maximum), the ones from `count` on zero. `state` is maximum and
+// sum so far; returns what earlier sums are to be multiplied with.
+Q4_INLINE float soften(float* scores, int count, float* state) {
+  for (int p = count; p < kBlock; ++p)
+    scores[p] = -std::numeric_limits<float>::infinity();
+  Vec top = splat(state[0]);
+  for (int p = 0; p < kBlock; p += kWidth) {
+    const Vec v = load(scores + p);
+    top = v > top ? v : top;
+  }
+  float largest = top[0];
+  for (int i = 1; i < kWidth; ++i)
+    largest = std::max(largest, top[i]);
+  // Where nothing came before, e^-87 instead of 0: it meets zeros only.
+  const float rescale = exp1(state[0] - largest);
+  for (int p = 0; p < kBlock; p += kWidth)
+    store(scores + p, exp8(load(scores + p) - largest));
+  for (int p = count; p < kBlock; ++p)
+    scores[p] = 0.0f;
+  Vec total = {};
+  for (int p = 0; p < kBlock; p += kWidth)
+    total += load(scores + p);
+  state[0] = largest;
+  state[1] = state[1] * rescale + sum_of(total);
+  return rescale;
+}
+
+// out[q] = out[q] * rescale[q] + weights[q] . values, position by position.
+template <int kQ, typename T>
+Q4_INLINE void weigh_block(const float (*weights)[kBlock], const float* rescale, const T* values,
+                           int64_t dim, int count, float* out, int64_t stride) {
+  constexpr int kChains = 4; // vectors of a query's output at a time
+  int64_t i = 0;
+  for (; i + kChains * kWidth <= dim; i += kChains * kWidth) {
+    Vec sums[kQ][kChains];
+    for (int q = 0; q < kQ; ++q)
+      for (int j = 0; j < kChains; ++j)
+        sums[q][j] = load(out + q * stride + i + j * kWidth) * rescale[q];
+    for (int p = 0; p < count; ++p)
+      for (int j = 0; j < kChains; ++j) {
+        const Vec v = widen8(values + p * dim + i + j * kWidth);
+        for (int q = 0; q < kQ; ++q)
+          sums[q][j] = multiply_add(v, splat(weights[q][p]), sums[q][j]);
+      }
+    for (int q = 0; q < kQ; ++q)
+      for (int j = 0; j < kChains; ++j)
+        store(out + q * stride + i + j * kWidth, sums[q][j]);
+  }
+  for (; i < dim; ++i)
+    for (int q = 0; q < kQ; ++q) {
+      float sum = out[q * stride + i] * rescale[q];
+      for (int p = 0; p < count; ++p)
+        sum += widen(values[p * dim + i]) * weights[q][p];
+      out[q * stride + i] = sum;
+    }
+}
+
+// One block for kQ query heads of one KV head. Per query head, `out` has dim values, then maximum
+// and sum.
+template <int kQ, typename T>
+void attend_block(const AttentionSplit& a, const T* keys, const T* values, int count,
+                  const float* query, float* out) {
+  const int64_t dim = a.head_dim, stride = dim + 2;
+  alignas(32) float scores[kQ][kBlock];
+  float rescale[kQ];
+  if (dim % kWidth == 0)
+    score_block<kQ>(query, keys, dim, a.scale, scores);
+  else
+    score_ragged<kQ>(query, keys, dim, a.scale, count, scores);
+  for (int q = 0; q < kQ; ++q)
+    rescale[q] = soften(scores[q], count, out + q * stride + dim);
+  weigh_block<kQ>(scores, rescale, values, dim, count, out, stride);
+}
+
 // One split of the context for the query heads of one KV head, in blocks: running maximum, sum and
-// weighted values, rescaled once a block. Per query head, `out` gets dim values, then maximum and
-// sum. A block is widened once for all query heads.
+// weighted values, rescaled once a block. A query head's numbers are the same in any company.
 template <typename T> void attend(const AttentionSplit& a) {
-  const int64_t dim = a.head_dim;
-  constexpr int kBlock = AttentionSplit::kBlockPositions;
-  float* scratch = a.scratch;
+  const int64_t dim = a.head_dim, stride = dim + 2;
   for (int64_t q = 0; q < a.queries; ++q) {
-    float* out = a.out + q * (dim + 2);
+    float* out = a.out + q * stride;
     std::fill(out, out + dim, 0.0f);
     out[dim] = -std::numeric_limits<float>::infinity();
     out[dim + 1] = 0.0f;
   }
   for (int64_t first = a.begin; first < a.end; first += kBlock) {
     const int count = int(std::min<int64_t>(kBlock, a.end - first));
-    const float* keys = widened(static_cast<const T*>(a.key_block(a.context, first / kBlock)),
-                                count * dim, scratch);
-    const float* values = widened(static_cast<const T*>(a.value_block(a.context, first / kBlock)),
-                                  count * dim, scratch + kBlock * dim);
-    for (int64_t q = 0; q < a.queries; ++q) {
-      float* out = a.out + q * (dim + 2);
-      const float* query = a.query + q * dim;
-      float scores[kBlock];
-      float largest = out[dim];
-      int p = 0;
-      for (; dim % kWidth == 0 && p + kWidth <= count; p += kWidth) {
-        Vec lanes[kWidth];
-        for (int j = 0; j < kWidth; ++j)
-          lanes[j] = dot_lanes(query, keys + (p + j) * dim, dim);
-        store(scores + p, sums_of(lanes) * a.scale);
-      }
-      for (; p < count; ++p)
-        scores[p] = dot(query, keys + p * dim, dim) * a.scale;
-      for (p = 0; p < count; ++p)
-        largest = std::max(largest, scores[p]);
-      for (int p = count; p < kBlock; ++p)
-        scores[p] = -std::numeric_limits<float>::infinity();
-      // Where nothing came before, e^-87 instead of 0: it meets zeros only.
-      const float rescale = exp1(out[dim] - largest);
-      for (int p = 0; p < kBlock; p += kWidth)
-        store(scores + p, exp8(load(scores + p) - largest));
-      for (int p = count; p < kBlock; ++p)
-        scores[p] = 0.0f;
-      Vec total = {};
-      for (int p = 0; p < kBlock; p += kWidth)
-        total += load(scores + p);
-      out[dim] = largest;
-      out[dim + 1] = out[dim + 1] * rescale + sum_of(total);
-      int64_t i = 0;
-      for (; i + 4 * kWidth <= dim;
-           i += 4 * kWidth) { // four chains hide the latency of the additions
-        Vec sums[4];
-        for (int j = 0; j < 4; ++j)
-          sums[j] = load(out + i + j * kWidth) * rescale;
-        for (int p = 0; p < count; ++p)
-          for (int j = 0; j < 4; ++j)
-            sums[j] =
-                multiply_add(load(values + p * dim + i + j * kWidth), splat(scores[p]), sums[j]);
-        for (int j = 0; j < 4; ++j)
-          store(out + i + j * kWidth, sums[j]);
-      }
-      for (; i < dim; ++i) {
-        float sum = out[i] * rescale;
-        for (int p = 0; p < count; ++p)
-          sum += values[p * dim + i] * scores[p];
-        out[i] = sum;
-      }
-    }
+    const T* keys = static_cast<const T*>(a.key_block(a.context, first / kBlock));
+    const T* values = static_cast<const T*>(a.value_block(a.context, first / kBlock));
+    int64_t q = 0;
+    const auto some = [&]<int kQ>() {
+      attend_block<kQ>(a, keys, values, count, a.query + q * dim, a.out + q * stride);
+      q += kQ;
+    };
+    while (q + kQueries <= a.queries)
+      some.template operator()<kQueries>();
+    if (a.queries - q == 2)
+      some.template operator()<2>();
+    else if (a.queries - q == 1)
+      some.template operator()<1>();
   }
 }
 

@@ -158,14 +158,14 @@ void check_attention(const VectorKernels& kernels, const AttentionShape& s, Rand
   }
 
   const int64_t stride = s.queries * (dim + 2);
-  Floats partial = floats(s.splits * stride), scratch = floats(2 * kBlock * dim);
+  Floats partial = floats(s.splits * stride);
   const int64_t per_split = (blocks + s.splits - 1) / s.splits * kBlock;
   int splits = 0;
   for (int64_t begin = 0; begin < s.positions; begin += per_split, ++splits)
     kernels.attention_split({query.get(), s.queries, dim, begin,
                              std::min(begin + per_split, s.positions), scale, s.dtype, &context,
                              Context::key_block, Context::value_block,
-                             partial.get() + splits * stride, scratch.get()});
+                             partial.get() + splits * stride});
   Floats out = floats(s.queries * dim);
   for (int64_t q = 0; q < s.queries; ++q)
     kernels.attention_combine(partial.get() + q * (dim + 2), splits, stride, dim,

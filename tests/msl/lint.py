@@ -19,8 +19,20 @@ _SCALARS = (
     "void bool char uchar short ushort int uint long ulong half bfloat float unsigned signed size_t "
     "ptrdiff_t int8_t uint8_t int16_t uint16_t int32_t uint32_t int64_t uint64_t"
 ).split()
-_VECTOR = re.compile(r"(packed_)?(char|uchar|short|ushort|int|uint|long|ulong|half|bfloat|float|bool)[234]$")
-_CONTROL = {"if", "for", "while", "switch", "return", "sizeof", "alignof", "static_assert", "decltype"}
+_VECTOR = re.compile(
+    r"(packed_)?(char|uchar|short|ushort|int|uint|long|ulong|half|bfloat|float|bool)[234]$"
+)
+_CONTROL = {
+    "if",
+    "for",
+    "while",
+    "switch",
+    "return",
+    "sizeof",
+    "alignof",
+    "static_assert",
+    "decltype",
+}
 _NO_VARIABLE = {
     "using", "typedef", "template", "struct", "class", "enum", "union", "namespace", "static_assert",
     "extern", "friend",
@@ -85,12 +97,19 @@ class _Lint:
         t = self.tokens
         if t.at(t.before(t.before(i))) == "__builtin_nanf":
             return True
-        return any(x.text == "static_assert" for x in t[t.declaration_start(t.declaration_start(i) - 1) : i])
+        return any(
+            x.text == "static_assert"
+            for x in t[t.declaration_start(t.declaration_start(i) - 1) : i]
+        )
 
     def _is_lambda(self, i: int) -> bool:
         t = self.tokens
         previous = t[t.before(i)]
-        subscript = previous.kind in ("name", "number") and previous.text != "return" or previous.text in (")", "]")
+        subscript = (
+            previous.kind in ("name", "number")
+            and previous.text != "return"
+            or previous.text in (")", "]")
+        )
         return not subscript and t.at(t.after(t.closing(i))) in ("(", "{", "->")
 
     def _type_names(self) -> None:
@@ -146,7 +165,12 @@ class _Lint:
     def _variable(self, first: int, end: int, call: int) -> None:
         t = self.tokens
         words = [x.text for x in t[first:end] if x.kind == "name"]
-        if not words or words[0] in _NO_VARIABLE or self._inside_struct(first) and "static" not in words:
+        if (
+            not words
+            or words[0] in _NO_VARIABLE
+            or self._inside_struct(first)
+            and "static" not in words
+        ):
             return
         assigned = next((i for i in range(first, end) if t.at(i) == "="), end)
         if call >= 0 and call < assigned and "operator" not in words:

@@ -59,18 +59,34 @@ def test_kernels_without_fault_pass(library, order: str) -> None:
 MATVEC = [
     (1, (1, 97, 192), "out of bounds: read of 4 bytes at byte 9312 of buffer(0) 'weight'"),
     (2, (1, 64, 128), "divergent control flow: threads 0-15 waiting in simd_sum"),
-    (3, (1, 48, 128), "race: write of 2 bytes at byte 6 of buffer(3) 'y'.*thread 32 wrote it with no barrier"),
+    (
+        3,
+        (1, 48, 128),
+        "race: write of 2 bytes at byte 6 of buffer(3) 'y'.*thread 32 wrote it with no barrier",
+    ),
     (4, (1, 64, 128), "misaligned read of 8 bytes at an address that is 2 modulo 8"),
     (5, (1, 64, 128), "shift by 32"),
-    (6, (1, 64, 128), "out of bounds: read of 2 bytes at byte 256 of buffer(1) 'scales', which has 256"),
+    (
+        6,
+        (1, 64, 128),
+        "out of bounds: read of 2 bytes at byte 256 of buffer(1) 'scales', which has 256",
+    ),
     (7, (1, 64, 128), "index 4 outside of the array"),
     (8, (1, 64, 128), "write to memory that the kernel .* declares const: .* of buffer(2) 'x'"),
     (9, (1, 64, 128), "source lane outside the simdgroup in simd_shuffle"),
-    (10, (1, 64, 128), "read of memory that was never written: read of 2 bytes at byte 0 of buffer(3)"),
+    (
+        10,
+        (1, 64, 128),
+        "read of memory that was never written: read of 2 bytes at byte 0 of buffer(3)",
+    ),
     (11, (1, 64, 128), "integer division by zero"),
 ]
 MATMUL = [
-    (20, (32, 64, 128), "index 31 outside of the array|out of bounds: write of 2 bytes .* 'w_tile'"),
+    (
+        20,
+        (32, 64, 128),
+        "index 31 outside of the array|out of bounds: write of 2 bytes .* 'w_tile'",
+    ),
     (21, (32, 64, 128), "threadgroup memory: 'y_tile' makes it 37888 bytes, the limit is 32768"),
     (22, (32, 64, 128), "misaligned write of 8 bytes"),
     (23, (40, 64, 128), "read of memory that was never written: .* threadgroup 'x_tile'"),
@@ -79,9 +95,21 @@ MATMUL = [
     (26, (32, 64, 128), "race: .* with no barrier for this memory between"),
     (27, (32, 64, 128), "divergent control flow: .* waiting in simdgroup_multiply_accumulate"),
     (28, (33, 64, 128), "divergent control flow: "),
-    (29, (32, 64, 128), "race: .* of threadgroup '[xw]_tile'.* with no barrier for this memory between"),
-    (30, (32, 64, 128), "race: .* of threadgroup 'y_tile'.* with no barrier for this memory between"),
-    (31, (33, 64, 128), "out of bounds: write of 2 bytes at byte 4518 of buffer(3) 'y', which has 4224"),
+    (
+        29,
+        (32, 64, 128),
+        "race: .* of threadgroup '[xw]_tile'.* with no barrier for this memory between",
+    ),
+    (
+        30,
+        (32, 64, 128),
+        "race: .* of threadgroup 'y_tile'.* with no barrier for this memory between",
+    ),
+    (
+        31,
+        (33, 64, 128),
+        "out of bounds: write of 2 bytes at byte 4518 of buffer(3) 'y', which has 4224",
+    ),
     (32, (33, 100, 128), "race: write of 2 bytes .* of another threadgroup wrote it"),
 ]
 

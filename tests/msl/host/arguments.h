@@ -1,30 +1,30 @@
-// Binds the parameters of a kernel: the rewriter calls it with these, which convert to whatever it declares.
+// Binds the parameters of a kernel: the rewriter calls it with these, which convert to whatever it
+// declares.
 #pragma once
 
 #include "atomic.h"
 
-#pragma clang attribute push(__attribute__((no_sanitize("thread", "undefined"))), apply_to = function)
+#pragma clang attribute push(__attribute__((no_sanitize("thread", "undefined"))),                  \
+                             apply_to = function)
 
 namespace msl {
 
 struct Buffer {
   void* data;
-  template <class T>
-  operator MSL_DEVICE T*() const { return (MSL_DEVICE T*)(uintptr_t)data; }
-  template <class T>
-  operator MSL_DEVICE T&() const { return *(MSL_DEVICE T*)(uintptr_t)data; }
-  template <class T>
-  operator MSL_CONSTANT T*() const { return (MSL_CONSTANT T*)(uintptr_t)data; }
-  template <class T>
-  operator MSL_CONSTANT T&() const { return *(MSL_CONSTANT T*)(uintptr_t)data; }
+  template <class T> operator MSL_DEVICE T*() const { return (MSL_DEVICE T*)(uintptr_t)data; }
+  template <class T> operator MSL_DEVICE T&() const { return *(MSL_DEVICE T*)(uintptr_t)data; }
+  template <class T> operator MSL_CONSTANT T*() const { return (MSL_CONSTANT T*)(uintptr_t)data; }
+  template <class T> operator MSL_CONSTANT T&() const { return *(MSL_CONSTANT T*)(uintptr_t)data; }
 };
 
 struct Threadgroup {
   void* data;
-  template <class T>
-  operator MSL_THREADGROUP T*() const { return (MSL_THREADGROUP T*)(uintptr_t)data; }
-  template <class T>
-  operator MSL_THREADGROUP T&() const { return *(MSL_THREADGROUP T*)(uintptr_t)data; }
+  template <class T> operator MSL_THREADGROUP T*() const {
+    return (MSL_THREADGROUP T*)(uintptr_t)data;
+  }
+  template <class T> operator MSL_THREADGROUP T&() const {
+    return *(MSL_THREADGROUP T*)(uintptr_t)data;
+  }
 };
 
 // A position or size, as long as the kernel wants it.
@@ -46,7 +46,9 @@ inline Extent thread_position_in_grid() { return {msl_self->thread_in_grid}; }
 inline Extent thread_position_in_threadgroup() { return {msl_self->thread_in_threadgroup}; }
 inline Extent threadgroup_position_in_grid() { return {msl_self->threadgroup_in_grid}; }
 inline Extent threads_per_threadgroup() { return {msl_self->threads_per_threadgroup}; }
-inline Extent dispatch_threads_per_threadgroup() { return {msl_self->dispatch_threads_per_threadgroup}; }
+inline Extent dispatch_threads_per_threadgroup() {
+  return {msl_self->dispatch_threads_per_threadgroup};
+}
 inline Extent threadgroups_per_grid() { return {msl_self->threadgroups_per_grid}; }
 inline Extent threads_per_grid() { return {msl_self->threads_per_grid}; }
 inline uint thread_index_in_threadgroup() { return msl_self->thread_index; }
@@ -58,32 +60,48 @@ inline uint thread_execution_width() { return 32; }
 inline uint thread_index_in_quadgroup() { return msl_self->lane % 4; }
 inline uint quadgroup_index_in_threadgroup() { return msl_self->thread_index / 4; }
 
-}  // namespace argument
+} // namespace argument
 
 // What the table of parameters says about a parameter's type.
-template <class P>
-struct Parameter { static constexpr bool is_const = true; static constexpr uint size = 0; };
-template <class T>
-struct Parameter<MSL_DEVICE T*> { static constexpr bool is_const = false; static constexpr uint size = 0; };
-template <class T>
-struct Parameter<MSL_DEVICE const T*> { static constexpr bool is_const = true; static constexpr uint size = 0; };
-template <class T>
-struct Parameter<MSL_DEVICE T&> { static constexpr bool is_const = false; static constexpr uint size = sizeof(T); };
-template <class T>
-struct Parameter<MSL_DEVICE const T&> { static constexpr bool is_const = true; static constexpr uint size = sizeof(T); };
-template <class T>
-struct Parameter<MSL_CONSTANT const T&> { static constexpr bool is_const = true; static constexpr uint size = sizeof(T); };
+template <class P> struct Parameter {
+  static constexpr bool is_const = true;
+  static constexpr uint size = 0;
+};
+template <class T> struct Parameter<MSL_DEVICE T*> {
+  static constexpr bool is_const = false;
+  static constexpr uint size = 0;
+};
+template <class T> struct Parameter<MSL_DEVICE const T*> {
+  static constexpr bool is_const = true;
+  static constexpr uint size = 0;
+};
+template <class T> struct Parameter<MSL_DEVICE T&> {
+  static constexpr bool is_const = false;
+  static constexpr uint size = sizeof(T);
+};
+template <class T> struct Parameter<MSL_DEVICE const T&> {
+  static constexpr bool is_const = true;
+  static constexpr uint size = sizeof(T);
+};
+template <class T> struct Parameter<MSL_CONSTANT const T&> {
+  static constexpr bool is_const = true;
+  static constexpr uint size = sizeof(T);
+};
 
-template <uint n, class First, class... Rest>
-struct Nth { using type = typename Nth<n - 1, Rest...>::type; };
-template <class First, class... Rest>
-struct Nth<0, First, Rest...> { using type = First; };
+template <uint n, class First, class... Rest> struct Nth {
+  using type = typename Nth<n - 1, Rest...>::type;
+};
+template <class First, class... Rest> struct Nth<0, First, Rest...> {
+  using type = First;
+};
 
-template <uint n, class... P>
-constexpr bool parameter_is_const(void (*)(P...)) { return Parameter<typename Nth<n, P...>::type>::is_const; }
-template <uint n, class... P>
-constexpr uint parameter_size(void (*)(P...)) { return Parameter<typename Nth<n, P...>::type>::size; }
+template <uint n, class... P> constexpr bool parameter_is_const(void (*)(P...)) {
+  return Parameter<typename Nth<n, P...>::type>::is_const;
+}
+template <uint n, class... P> constexpr uint parameter_size(void (*)(P...)) {
+  return Parameter<typename Nth<n, P...>::type>::size;
+}
 
-}  // namespace msl
+} // namespace msl
 
 #pragma clang attribute pop

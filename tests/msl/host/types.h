@@ -1,8 +1,8 @@
 // Scalars, vectors, address spaces and type traits of Metal, for clang.
 #pragma once
 
-// clang's own address spaces: a pointer into the wrong one is a compile error, as in Metal. x86-64 code is the
-// same for all numbers below 256.
+// clang's own address spaces: a pointer into the wrong one is a compile error, as in Metal. x86-64
+// code is the same for all numbers below 256.
 #define MSL_DEVICE __attribute__((address_space(1)))
 #define MSL_CONSTANT __attribute__((address_space(2)))
 #define MSL_THREADGROUP __attribute__((address_space(3)))
@@ -26,10 +26,10 @@ typedef _Float16 half;
 typedef __bf16 bfloat;
 
 constexpr half operator""h(long double x) { return (half)x; }
-constexpr half operator""H(long double x) { return (half)x; }
+constexpr half operator"" H(long double x) { return (half)x; }
 constexpr half operator""h(unsigned long long x) { return (half)x; }
-constexpr bfloat operator""bf(long double x) { return (bfloat)x; }
-constexpr bfloat operator""BF(long double x) { return (bfloat)x; }
+constexpr bfloat operator"" bf(long double x) { return (bfloat)x; }
+constexpr bfloat operator"" BF(long double x) { return (bfloat)x; }
 
 // float -> bfloat, to nearest even; gcc 12's libgcc has none. Every rounding to bfloat calls this.
 extern "C" __attribute__((visibility("hidden"), used)) inline bfloat __truncsfbf2(float x) {
@@ -40,11 +40,11 @@ extern "C" __attribute__((visibility("hidden"), used)) inline bfloat __truncsfbf
 }
 
 // packed_T2 and packed_T4 are the same vectors with the alignment of one element.
-#define MSL_VECTORS(T)                                                        \
-  typedef T T##2 __attribute__((ext_vector_type(2)));                         \
-  typedef T T##3 __attribute__((ext_vector_type(3)));                         \
-  typedef T T##4 __attribute__((ext_vector_type(4)));                         \
-  typedef T packed_##T##2 __attribute__((ext_vector_type(2), aligned(sizeof(T)))); \
+#define MSL_VECTORS(T)                                                                             \
+  typedef T T##2 __attribute__((ext_vector_type(2)));                                              \
+  typedef T T##3 __attribute__((ext_vector_type(3)));                                              \
+  typedef T T##4 __attribute__((ext_vector_type(4)));                                              \
+  typedef T packed_##T##2 __attribute__((ext_vector_type(2), aligned(sizeof(T))));                 \
   typedef T packed_##T##4 __attribute__((ext_vector_type(4), aligned(sizeof(T))));
 MSL_VECTORS(char)
 MSL_VECTORS(uchar)
@@ -64,8 +64,9 @@ typedef int2 bool2;
 typedef int3 bool3;
 typedef int4 bool4;
 
-// packed_T3 is 3 elements long where T3 has the size of 4. Its elements can be read and written one by one.
-#define MSL_PACKED3(T) \
+// packed_T3 is 3 elements long where T3 has the size of 4. Its elements can be read and written one
+// by one.
+#define MSL_PACKED3(T)                                                                             \
   struct packed_##T##3 { T x, y, z; };
 MSL_PACKED3(float)
 MSL_PACKED3(half)
@@ -76,83 +77,72 @@ MSL_PACKED3(uint)
 
 namespace metal {
 
-template <class T, int N>
-using vec = T __attribute__((ext_vector_type(N)));
+template <class T, int N> using vec = T __attribute__((ext_vector_type(N)));
 
-template <class T, T v>
-struct integral_constant {
+template <class T, T v> struct integral_constant {
   static constexpr T value = v;
   using type = integral_constant;
   constexpr operator T() const { return v; }
 };
-template <bool b>
-using bool_constant = integral_constant<bool, b>;
+template <bool b> using bool_constant = integral_constant<bool, b>;
 using true_type = bool_constant<true>;
 using false_type = bool_constant<false>;
 
-template <bool b, class T = void>
-struct enable_if {};
-template <class T>
-struct enable_if<true, T> { using type = T; };
-template <bool b, class T = void>
-using enable_if_t = typename enable_if<b, T>::type;
-template <bool b, class T, class F>
-struct conditional { using type = T; };
-template <class T, class F>
-struct conditional<false, T, F> { using type = F; };
-template <bool b, class T, class F>
-using conditional_t = typename conditional<b, T, F>::type;
+template <bool b, class T = void> struct enable_if {};
+template <class T> struct enable_if<true, T> {
+  using type = T;
+};
+template <bool b, class T = void> using enable_if_t = typename enable_if<b, T>::type;
+template <bool b, class T, class F> struct conditional {
+  using type = T;
+};
+template <class T, class F> struct conditional<false, T, F> {
+  using type = F;
+};
+template <bool b, class T, class F> using conditional_t = typename conditional<b, T, F>::type;
 
-template <class A, class B>
-struct is_same : bool_constant<__is_same(A, B)> {};
-template <class A, class B>
-constexpr bool is_same_v = __is_same(A, B);
-template <class T>
-using remove_cv_t = __remove_cv(T);
-template <class T>
-struct remove_cv { using type = __remove_cv(T); };
-template <class T>
-using remove_const_t = __remove_const(T);
-template <class T>
-using remove_reference_t = __remove_reference_t(T);
-template <class T>
-struct remove_addrspace { using type = T; };
-template <class T>
-struct remove_addrspace<MSL_DEVICE T> { using type = T; };
-template <class T>
-struct remove_addrspace<MSL_CONSTANT T> { using type = T; };
-template <class T>
-struct remove_addrspace<MSL_THREADGROUP T> { using type = T; };
-template <class T>
-using remove_addrspace_t = typename remove_addrspace<T>::type;
-
-template <class T>
-constexpr bool is_floating_point_v = __is_floating_point(T) || is_same_v<remove_cv_t<T>, half> ||
-                                     is_same_v<remove_cv_t<T>, bfloat>;
-template <class T>
-struct is_floating_point : bool_constant<is_floating_point_v<T>> {};
-template <class T>
-constexpr bool is_integral_v = __is_integral(T);
-template <class T>
-struct is_integral : bool_constant<__is_integral(T)> {};
-template <class T>
-constexpr bool is_signed_v = __is_signed(T);
-template <class T>
-constexpr bool is_unsigned_v = __is_unsigned(T);
+template <class A, class B> struct is_same : bool_constant<__is_same(A, B)> {};
+template <class A, class B> constexpr bool is_same_v = __is_same(A, B);
+template <class T> using remove_cv_t = __remove_cv(T);
+template <class T> struct remove_cv {
+  using type = __remove_cv(T);
+};
+template <class T> using remove_const_t = __remove_const(T);
+template <class T> using remove_reference_t = __remove_reference_t(T);
+template <class T> struct remove_addrspace {
+  using type = T;
+};
+template <class T> struct remove_addrspace<MSL_DEVICE T> {
+  using type = T;
+};
+template <class T> struct remove_addrspace<MSL_CONSTANT T> {
+  using type = T;
+};
+template <class T> struct remove_addrspace<MSL_THREADGROUP T> {
+  using type = T;
+};
+template <class T> using remove_addrspace_t = typename remove_addrspace<T>::type;
 
 template <class T>
-struct numeric_limits;
-#define MSL_LIMITS(T, lo, hi, least, eps, inf, nan)                          \
-  template <>                                                                \
-  struct numeric_limits<T> {                                                 \
-    static constexpr T lowest() { return (T)(lo); }                          \
-    static constexpr T max() { return (T)(hi); }                             \
-    static constexpr T min() { return (T)(least); }                          \
-    static constexpr T epsilon() { return (T)(eps); }                        \
-    static constexpr T infinity() { return (T)(inf); }                       \
-    static constexpr T quiet_NaN() { return (T)(nan); }                      \
+constexpr bool is_floating_point_v =
+    __is_floating_point(T) || is_same_v<remove_cv_t<T>, half> || is_same_v<remove_cv_t<T>, bfloat>;
+template <class T> struct is_floating_point : bool_constant<is_floating_point_v<T>> {};
+template <class T> constexpr bool is_integral_v = __is_integral(T);
+template <class T> struct is_integral : bool_constant<__is_integral(T)> {};
+template <class T> constexpr bool is_signed_v = __is_signed(T);
+template <class T> constexpr bool is_unsigned_v = __is_unsigned(T);
+
+template <class T> struct numeric_limits;
+#define MSL_LIMITS(T, lo, hi, least, eps, inf, nan)                                                \
+  template <> struct numeric_limits<T> {                                                           \
+    static constexpr T lowest() { return (T)(lo); }                                                \
+    static constexpr T max() { return (T)(hi); }                                                   \
+    static constexpr T min() { return (T)(least); }                                                \
+    static constexpr T epsilon() { return (T)(eps); }                                              \
+    static constexpr T infinity() { return (T)(inf); }                                             \
+    static constexpr T quiet_NaN() { return (T)(nan); }                                            \
   };
-#define MSL_FLOAT_LIMITS(T, hi, least, eps) \
+#define MSL_FLOAT_LIMITS(T, hi, least, eps)                                                        \
   MSL_LIMITS(T, -(hi), hi, least, eps, __builtin_inff(), __builtin_nanf(""))
 #define MSL_INT_LIMITS(T, lo, hi) MSL_LIMITS(T, lo, hi, lo, 0, 0, 0)
 MSL_FLOAT_LIMITS(float, 3.40282347e+38f, 1.17549435e-38f, 1.1920929e-7f)
@@ -170,24 +160,31 @@ MSL_INT_LIMITS(ulong, 0, 18446744073709551615ul)
 #undef MSL_INT_LIMITS
 #undef MSL_LIMITS
 
-}  // namespace metal
+} // namespace metal
 
 namespace msl {
 
-template <class T>
-struct vector { using element = T; static constexpr int count = 1; };
-template <class T>
-struct vector<T __attribute__((ext_vector_type(2)))> { using element = T; static constexpr int count = 2; };
-template <class T>
-struct vector<T __attribute__((ext_vector_type(3)))> { using element = T; static constexpr int count = 3; };
-template <class T>
-struct vector<T __attribute__((ext_vector_type(4)))> { using element = T; static constexpr int count = 4; };
-template <class T>
-constexpr bool is_vector = vector<T>::count > 1;
-template <class T>
-using element = typename vector<T>::element;
+template <class T> struct vector {
+  using element = T;
+  static constexpr int count = 1;
+};
+template <class T> struct vector<T __attribute__((ext_vector_type(2)))> {
+  using element = T;
+  static constexpr int count = 2;
+};
+template <class T> struct vector<T __attribute__((ext_vector_type(3)))> {
+  using element = T;
+  static constexpr int count = 3;
+};
+template <class T> struct vector<T __attribute__((ext_vector_type(4)))> {
+  using element = T;
+  static constexpr int count = 4;
+};
+template <class T> constexpr bool is_vector = vector<T>::count > 1;
+template <class T> using element = typename vector<T>::element;
 
 template <class T>
-using plain = metal::remove_cv_t<metal::remove_addrspace_t<metal::remove_cv_t<metal::remove_reference_t<T>>>>;
+using plain =
+    metal::remove_cv_t<metal::remove_addrspace_t<metal::remove_cv_t<metal::remove_reference_t<T>>>>;
 
-}  // namespace msl
+} // namespace msl

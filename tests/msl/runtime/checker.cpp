@@ -6,23 +6,25 @@
 #include "memory.h"
 #include "symbols.h"
 
-extern "C" __attribute__((visibility("hidden"))) char __ehdr_start[], _end[];  // of this object, by the linker
+extern "C" __attribute__((visibility("hidden"))) char __ehdr_start[],
+    _end[]; // of this object, by the linker
 
 namespace msl::checker {
 
 namespace {
 
-constexpr uint64_t kGap = 64 * 1024;  // between buffers: what runs over the end of one is in no other
-enum { kDevice = 1, kThreadgroup = 2 };  // bits of mem_flags
+constexpr uint64_t kGap =
+    64 * 1024; // between buffers: what runs over the end of one is in no other
+enum { kDevice = 1, kThreadgroup = 2 }; // bits of mem_flags
 
 struct State {
-  std::vector<Region> regions;            // by buffer number, resident ones behind
+  std::vector<Region> regions; // by buffer number, resident ones behind
   std::vector<Block> blocks;
-  std::vector<Block> variables;           // of the current threadgroup
-  std::vector<std::string> names;         // of the variables
+  std::vector<Block> variables;   // of the current threadgroup
+  std::vector<std::string> names; // of the variables
   uint64_t stacks_begin = 0, stacks_end = 0;
-  uint32_t threadgroup = 0;               // a running number
-  uint16_t group_epoch[2], simd_epoch[2][32];  // [0] device, [1] threadgroup memory
+  uint32_t threadgroup = 0;                   // a running number
+  uint16_t group_epoch[2], simd_epoch[2][32]; // [0] device, [1] threadgroup memory
   Block* last = nullptr;
   bool on = false;
 };
@@ -36,14 +38,19 @@ Moment now(bool threadgroup_memory) {
 
 // Whether `before` is known to have happened before `after`, or is the same thread's.
 bool ordered(const Moment& before, const Moment& after) {
-  if (before.threadgroup != after.threadgroup) return false;
-  if (before.thread == after.thread || before.group_epoch != after.group_epoch) return true;
-  return before.thread / kSimdWidth == after.thread / kSimdWidth && before.simd_epoch != after.simd_epoch;
+  if (before.threadgroup != after.threadgroup)
+    return false;
+  if (before.thread == after.thread || before.group_epoch != after.group_epoch)
+    return true;
+  return before.thread / kSimdWidth == after.thread / kSimdWidth &&
+         before.simd_epoch != after.simd_epoch;
 }
 
 int distance(const Moment& a, const Moment& b) {
-  if (a.threadgroup != b.threadgroup) return 3;
-  if (a.thread / kSimdWidth != b.thread / kSimdWidth) return 2;
+  if (a.threadgroup != b.threadgroup)
+    return 3;
+  if (a.thread / kSimdWidth != b.thread / kSimdWidth)
+    return 2;
   return a.thread != b.thread;
 }
 
@@ -80,21 +87,26 @@ std::string in(uint64_t address, uint64_t begin, const std::string& name) {
 
 std::string other(const Moment& m, const char* verb) {
   const bool same_group = m.threadgroup == state.threadgroup;
-  return std::string("; thread ") + std::to_string(m.thread) + (same_group ? "" : " of another threadgroup") +
-         " " + verb + " it" + (same_group ? " with no barrier for this memory between" : "");
+  return std::string("; thread ") + std::to_string(m.thread) +
+         (same_group ? "" : " of another threadgroup") + " " + verb + " it" +
+         (same_group ? " with no barrier for this memory between" : "");
 }
 
 // Checks one byte against its history and writes the access into it.
 void follow(Byte& byte, const Access& a, const Moment& m, const std::string& name, uint64_t begin,
             uint64_t address, bool must_be_written) {
   if (must_be_written && !byte.written && (!a.write || a.atomic))
-    fail("read of memory that was never written: " + described(a) + in(address, begin, name) + place(a));
+    fail("read of memory that was never written: " + described(a) + in(address, begin, name) +
+         place(a));
   if (byte.written && !(a.atomic && byte.write_atomic) && !ordered(byte.write, m))
-    fail("race: " + described(a) + in(address, begin, name) + place(a) + other(byte.write, "wrote"));
-  if (!a.write) return note_read(byte, m);
+    fail("race: " + described(a) + in(address, begin, name) + place(a) +
+         other(byte.write, "wrote"));
+  if (!a.write)
+    return note_read(byte, m);
   for (int i = 0; i < byte.reads; i++)
     if (!a.atomic && !ordered(byte.read[i], m))
-      fail("race: " + described(a) + in(address, begin, name) + place(a) + other(byte.read[i], "read"));
+      fail("race: " + described(a) + in(address, begin, name) + place(a) +
+           other(byte.read[i], "read"));
   byte.write = m;
   byte.written = true;
   byte.write_atomic = a.atomic;
@@ -105,10 +117,13 @@ bool inside(const Access& a, uint64_t begin, uint64_t end) {
 }
 
 void check_device(Block& block, const Access& a) {
-  Region* found = nullptr;
-  for (Region& r : state.regions)
-    if (inside(a, r.begin, r.end) && (!found || (a.write && !found->writable))) found = &r;
-  if (!found) return;  // between two overlapping buffers: the caller reports it
+  Region* found = block.only;
+  if (!found)
+    for (Region& r : state.regions)
+      if (inside(a, r.begin, r.end) && (!found || (a.write && !found->writable)))
+        found = &r;
+  if (!found)
+    return; // between two overlapping buffers: the caller reports it
   if (a.write && !found->writable)
     fail("write to memory that the kernel or its host declares const: " + described(a) +
          in(a.address, found->begin, found->name) + place(a));
@@ -119,8 +134,10 @@ void check_device(Block& block, const Access& a) {
       follow(block.bytes[a.address + i - block.begin], a, m, found->name, found->begin, a.address,
              found->unwritten);
   }
-  if (a.write) found->written.set(offset, a.size);
-  if (!a.write || a.atomic) found->read.set(offset, a.size);
+  if (a.write)
+    found->written.set(offset, a.size);
+  if (!a.write || a.atomic)
+    found->read.set(offset, a.size);
 }
 
 void check_variable(Block& block, const Access& a) {
@@ -135,36 +152,45 @@ void check_variable(Block& block, const Access& a) {
   std::string name;
   auto consider = [&](uint64_t b, uint64_t e, const std::string& n) {
     const uint64_t away = a.address < b ? b - a.address : a.address >= e ? a.address - e : 0;
-    if (away >= nearest) return;
+    if (away >= nearest)
+      return;
     nearest = away, begin = b, size = e - b, name = n;
   };
-  for (const Region& r : state.regions) consider(r.begin, r.end, r.name);
+  for (const Region& r : state.regions)
+    consider(r.begin, r.end, r.name);
   for (size_t i = 0; i < state.variables.size(); i++)
     consider(state.variables[i].begin, state.variables[i].end, state.names[i]);
-  if (a.address < 4096) fail("out of bounds: " + described(a) + " through a null pointer" + place(a));
-  if (nearest > kGap) fail("out of bounds: " + described(a) + " far from any buffer" + place(a));
+  if (a.address < 4096)
+    fail("out of bounds: " + described(a) + " through a null pointer" + place(a));
+  if (nearest > kGap)
+    fail("out of bounds: " + described(a) + " far from any buffer" + place(a));
   fail("out of bounds: " + described(a) + in(a.address, begin, name) + ", which has " +
        std::to_string(size) + place(a));
 }
 
 void check(const Access& a) {
-  if (!state.on || !msl_self) return;
-  if (inside(a, state.stacks_begin, state.stacks_end)) return;
-  if (state.last && inside(a, state.last->begin, state.last->end)) return check_device(*state.last, a);
+  if (!state.on || !msl_self)
+    return;
+  if (inside(a, state.stacks_begin, state.stacks_end))
+    return;
+  if (state.last && inside(a, state.last->begin, state.last->end))
+    return check_device(*state.last, a);
   for (Block& v : state.variables)
-    if (inside(a, v.begin, v.end)) return check_variable(v, a);
+    if (inside(a, v.begin, v.end))
+      return check_variable(v, a);
   for (Block& b : state.blocks)
     if (inside(a, b.begin, b.end)) {
       state.last = &b;
       check_device(b, a);
       return;
     }
-  if (inside(a, reinterpret_cast<uint64_t>(__ehdr_start), reinterpret_cast<uint64_t>(_end))) return;
+  if (inside(a, reinterpret_cast<uint64_t>(__ehdr_start), reinterpret_cast<uint64_t>(_end)))
+    return;
   out_of_bounds(a);
 }
 
 Block make_block(uint64_t begin, uint64_t end, bool shared) {
-  Block b{begin, end, nullptr, false, shared, {}, nullptr, {}};
+  Block b{begin, end, {}, nullptr, {}, nullptr};
   if (shared) {
     b.byte_pages = Pages((end - begin) * sizeof(Byte) + 1);
     b.bytes = reinterpret_cast<Byte*>(b.byte_pages.data());
@@ -172,22 +198,26 @@ Block make_block(uint64_t begin, uint64_t end, bool shared) {
   return b;
 }
 
-// Gives [original, original + size) memory of its own with gaps around, at the same offset in 256 bytes.
+// Gives [original, original + size) memory of its own with gaps around, at the same offset in 256
+// bytes.
 Block moved(uint64_t original, uint64_t size, bool shared) {
   Pages storage(size + 2 * kGap + 512);
   const uint64_t base = reinterpret_cast<uint64_t>(storage.data()) + kGap;
   Block b = make_block(base + original % 256, base + original % 256 + size, shared);
-  b.original = reinterpret_cast<char*>(original);
-  memcpy(reinterpret_cast<void*>(b.begin), b.original, size);
+  memcpy(reinterpret_cast<void*>(b.begin), reinterpret_cast<void*>(original), size);
   b.storage = std::move(storage);
   return b;
 }
 
 Region make_region(const msl_buffer& buffer, std::string name, bool writable) {
   const auto begin = reinterpret_cast<uint64_t>(buffer.data);
-  return {begin, begin + buffer.size, std::move(name),
-          writable && !(buffer.flags & MSL_READ_ONLY), (buffer.flags & MSL_UNWRITTEN) != 0,
-          Touched(buffer.size), Touched(buffer.size)};
+  return {begin,
+          begin + buffer.size,
+          std::move(name),
+          writable && !(buffer.flags & MSL_READ_ONLY),
+          (buffer.flags & MSL_UNWRITTEN) != 0,
+          Touched(buffer.size),
+          Touched(buffer.size)};
 }
 
 void make_regions(const msl_dispatch& d, const msl_kernel_entry& kernel) {
@@ -197,14 +227,16 @@ void make_regions(const msl_dispatch& d, const msl_kernel_entry& kernel) {
     bool writable = true;
     for (uint32_t i = 0; i < kernel.parameter_count; i++) {
       const msl_parameter& p = kernel.parameters[i];
-      if (p.index != n) continue;
+      if (p.index != n)
+        continue;
       name += std::string(" '") + p.name + "'";
       writable = !p.is_const;
     }
     state.regions.push_back(make_region(d.buffers[n], name, writable));
   }
   for (uint32_t n = 0; n < d.resident_count; n++)
-    state.regions.push_back(make_region(d.resident[n], "resident(" + std::to_string(n) + ")", true));
+    state.regions.push_back(
+        make_region(d.resident[n], "resident(" + std::to_string(n) + ")", true));
 }
 
 // Overlapping buffers stay together. What pointers in other buffers lead to can't be moved.
@@ -212,7 +244,8 @@ void make_blocks(const msl_dispatch& d) {
   state.blocks.clear();
   std::vector<uint32_t> order;
   for (uint32_t i = 0; i < d.buffer_count; i++)
-    if (d.buffers[i].data) order.push_back(i);
+    if (d.buffers[i].data)
+      order.push_back(i);
   std::sort(order.begin(), order.end(),
             [](uint32_t a, uint32_t b) { return state.regions[a].begin < state.regions[b].begin; });
   for (size_t i = 0; i < order.size();) {
@@ -225,12 +258,15 @@ void make_blocks(const msl_dispatch& d) {
       shared |= state.regions[order[j]].writable;
     }
     Block block = moved(begin, end - begin, shared);
+    if (j == i + 1)
+      block.only = &state.regions[order[i]];
     for (; i < j; i++) {
       Region& r = state.regions[order[i]];
       const uint64_t offset = r.begin - begin, size = r.end - r.begin;
       r.begin = block.begin + offset;
       r.end = r.begin + size;
-      if (r.unwritten) memset(reinterpret_cast<void*>(r.begin), 0xFF, size);
+      if (r.unwritten)
+        memset(reinterpret_cast<void*>(r.begin), 0xFF, size);
     }
     state.blocks.push_back(std::move(block));
   }
@@ -240,13 +276,14 @@ void make_blocks(const msl_dispatch& d) {
   }
 }
 
-}  // namespace
+} // namespace
 
 void begin(const msl_dispatch& d, const msl_kernel_entry& kernel, Executor& e) {
   make_regions(d, kernel);
   make_blocks(d);
   for (uint32_t i = 0; i < d.buffer_count; i++)
-    if (d.buffers[i].data) e.buffers[i] = reinterpret_cast<void*>(state.regions[i].begin);
+    if (d.buffers[i].data)
+      e.buffers[i] = reinterpret_cast<void*>(state.regions[i].begin);
   state.stacks_begin = e.stacks.begin();
   state.stacks_end = e.stacks.end();
   state.threadgroup = 0;
@@ -259,8 +296,8 @@ void end(const msl_dispatch& d, bool) {
   for (uint32_t n = 0; n < d.buffer_count; n++) {
     const Region& r = state.regions[n];
     for (const msl_range& w : r.written.ranges())
-      memcpy(static_cast<char*>(d.buffers[n].data) + w.begin, reinterpret_cast<char*>(r.begin) + w.begin,
-             w.end - w.begin);
+      memcpy(static_cast<char*>(d.buffers[n].data) + w.begin,
+             reinterpret_cast<char*>(r.begin) + w.begin, w.end - w.begin);
   }
   state.blocks.clear();
   state.variables.clear();
@@ -276,20 +313,22 @@ void begin_threadgroup() {
 
 void add_threadgroup_variable(char* data, uint64_t size, const char* name) {
   const auto begin = reinterpret_cast<uint64_t>(data);
-  Block block = make_block(begin, begin + size, true);
-  block.threadgroup = true;
-  state.variables.push_back(std::move(block));
+  state.variables.push_back(make_block(begin, begin + size, true));
   state.names.push_back(std::string("threadgroup '") + name + "'");
 }
 
 void threadgroup_barrier(int flags) {
-  if (flags & kDevice) state.group_epoch[0]++;
-  if (flags & kThreadgroup) state.group_epoch[1]++;
+  if (flags & kDevice)
+    state.group_epoch[0]++;
+  if (flags & kThreadgroup)
+    state.group_epoch[1]++;
 }
 
 void simdgroup_barrier(uint32_t simdgroup, int flags) {
-  if (flags & kDevice) state.simd_epoch[0][simdgroup]++;
-  if (flags & kThreadgroup) state.simd_epoch[1][simdgroup]++;
+  if (flags & kDevice)
+    state.simd_epoch[0][simdgroup]++;
+  if (flags & kThreadgroup)
+    state.simd_epoch[1][simdgroup]++;
 }
 
 void access(uint64_t address, uint64_t size, bool write, uint64_t pc) {
@@ -301,10 +340,12 @@ void atomic_access(const volatile void* p, uint64_t size, bool write, const msl_
 }
 
 uint32_t touched(uint32_t n, bool written, msl_range* out, uint32_t capacity) {
-  if (n >= state.regions.size()) return 0;
-  const std::vector<msl_range> all = (written ? state.regions[n].written : state.regions[n].read).ranges();
+  if (n >= state.regions.size())
+    return 0;
+  const std::vector<msl_range> all =
+      (written ? state.regions[n].written : state.regions[n].read).ranges();
   std::copy_n(all.begin(), std::min<size_t>(all.size(), capacity), out);
   return static_cast<uint32_t>(all.size());
 }
 
-}  // namespace msl::checker
+} // namespace msl::checker

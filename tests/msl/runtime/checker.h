@@ -5,8 +5,8 @@
 
 namespace msl::checker {
 
-// Moves the buffers of the dispatch into memory of their own, with gaps between them, so that running over
-// the end of one never lands in another; end() copies what was written back.
+// Moves the buffers of the dispatch into memory of their own, with gaps between them, so that
+// running over the end of one never lands in another; end() copies what was written back.
 void begin(const msl_dispatch& dispatch, const msl_kernel_entry& kernel, Executor& e);
 void end(const msl_dispatch& dispatch, bool ok);
 
@@ -21,4 +21,4 @@ void atomic_access(const volatile void* p, uint64_t size, bool write, const msl_
 
 uint32_t touched(uint32_t buffer, bool written, msl_range* out, uint32_t capacity);
 
-}  // namespace msl::checker
+} // namespace msl::checker

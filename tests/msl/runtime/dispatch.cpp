@@ -17,13 +17,16 @@ std::mutex one_at_a_time;
 std::string check_sizes(const msl_dispatch& d) {
   uint64_t threads = 1;
   for (int i = 0; i < 3; i++) {
-    if (d.threads[i] == 0) return "a grid of 0 threads";
-    if (d.threads_per_threadgroup[i] == 0) return "a threadgroup of 0 threads";
+    if (d.threads[i] == 0)
+      return "a grid of 0 threads";
+    if (d.threads_per_threadgroup[i] == 0)
+      return "a threadgroup of 0 threads";
     threads *= d.threads_per_threadgroup[i];
   }
   if (threads > kMaxThreads)
     return "a threadgroup of " + std::to_string(threads) + " threads; at most 1024 are possible";
-  if (d.threadgroup_bytes_count > kThreadgroupArguments) return "more than 8 threadgroup arguments";
+  if (d.threadgroup_bytes_count > kThreadgroupArguments)
+    return "more than 8 threadgroup arguments";
   uint64_t bytes = 0;
   for (uint32_t i = 0; i < d.threadgroup_bytes_count; i++) {
     if (d.threadgroup_bytes[i] % 16)
@@ -41,13 +44,15 @@ std::string check_buffers(const msl_dispatch& d, const msl_kernel_entry& kernel)
     const msl_parameter& p = kernel.parameters[i];
     const std::string name = "buffer(" + std::to_string(p.index) + ") '" + p.name + "'";
     const bool bound = p.index < d.buffer_count && d.buffers[p.index].data;
-    if (!bound && !p.optional) return name + " is not bound";
+    if (!bound && !p.optional)
+      return name + " is not bound";
     if (bound && d.buffers[p.index].size < p.size)
       return name + " has " + std::to_string(d.buffers[p.index].size) + " bytes, its type needs " +
              std::to_string(p.size);
   }
   for (uint32_t n = 0; n < d.buffer_count; n++) {
-    if (!d.buffers[n].data) continue;
+    if (!d.buffers[n].data)
+      continue;
     const msl_parameter* end = kernel.parameters + kernel.parameter_count;
     if (std::find_if(kernel.parameters, end, [&](auto& p) { return p.index == n; }) == end)
       return "buffer(" + std::to_string(n) + ") is bound, the kernel has no such parameter";
@@ -56,27 +61,32 @@ std::string check_buffers(const msl_dispatch& d, const msl_kernel_entry& kernel)
 }
 
 std::string set_constants(const msl_dispatch& d) {
-  for (uint32_t i = 0; i < msl_constants_count; i++) *msl_constants[i].defined = false;
+  for (uint32_t i = 0; i < msl_constants_count; i++)
+    *msl_constants[i].defined = false;
   for (uint32_t k = 0; k < d.constant_count; k++) {
     const msl_constant& value = d.constants[k];
     const std::string name = "function constant " + std::to_string(value.index);
     bool known = false;
     for (uint32_t i = 0; i < msl_constants_count; i++) {
       const msl_constant_entry& c = msl_constants[i];
-      if (c.index != value.index) continue;
+      if (c.index != value.index)
+        continue;
       if (c.size != value.size)
         return name + " '" + c.name + "' has " + std::to_string(c.size) + " bytes, got " +
                std::to_string(value.size);
       memcpy(c.value, value.value, c.size);
       *c.defined = known = true;
     }
-    if (!known) return name + " does not exist in the library";
+    if (!known)
+      return name + " does not exist in the library";
   }
   for (uint32_t i = 0; i < msl_constants_count; i++) {
     const msl_constant_entry& c = msl_constants[i];
-    if (*c.defined) continue;
+    if (*c.defined)
+      continue;
     memset(c.value, 0, c.size);
-    if (c.required) return "function constant " + std::to_string(c.index) + " '" + c.name + "' is not set";
+    if (c.required)
+      return "function constant " + std::to_string(c.index) + " '" + c.name + "' is not set";
   }
   msl_derive_constants();
   return "";
@@ -91,12 +101,15 @@ void run_grid(Executor& e, const msl_dispatch& d) {
   std::vector<uint32_t> shuffled;
   if (d.order == MSL_SHUFFLED) {
     shuffled.resize(total);
-    for (uint32_t i = 0; i < total; i++) shuffled[i] = i;
+    for (uint32_t i = 0; i < total; i++)
+      shuffled[i] = i;
     shuffler = Random(d.seed);
     shuffler.shuffle(shuffled.data(), total);
   }
   for (uint32_t i = 0; i < total && e.error.empty(); i++) {
-    const uint32_t n = d.order == MSL_SHUFFLED ? shuffled[i] : d.order == MSL_REVERSE ? total - 1 - i : i;
+    const uint32_t n = d.order == MSL_SHUFFLED  ? shuffled[i]
+                       : d.order == MSL_REVERSE ? total - 1 - i
+                                                : i;
     const uint32_t at[3] = {n % groups[0], n / groups[0] % groups[1], n / groups[0] / groups[1]};
     e.run_threadgroup(at, d.threads, d.threads_per_threadgroup);
   }
@@ -104,35 +117,43 @@ void run_grid(Executor& e, const msl_dispatch& d) {
 
 std::string run(msl_dispatch& d) {
   const int number = msl_kernel_find(d.kernel);
-  if (number < 0) return "no kernel of this name";
+  if (number < 0)
+    return "no kernel of this name";
   const msl_kernel_entry& kernel = msl_kernels[number];
   for (std::string error : {check_sizes(d), check_buffers(d, kernel), set_constants(d)})
-    if (!error.empty()) return error;
-  if (!executor) executor = new Executor;  // kept: its stacks are reused by every dispatch
+    if (!error.empty())
+      return error;
+  if (!executor)
+    executor = new Executor; // kept: its stacks are reused by every dispatch
   Executor& e = *executor;
   e.dispatch = &d;
   e.kernel = &kernel;
   e.error.clear();
   e.switches = e.barriers = e.most_threadgroup_memory = 0;
-  e.stacks.reserve(d.threads_per_threadgroup[0] * d.threads_per_threadgroup[1] * d.threads_per_threadgroup[2]);
-  if (!e.stacks.count()) return "no memory for the threads' stacks";
+  e.stacks.reserve(d.threads_per_threadgroup[0] * d.threads_per_threadgroup[1] *
+                   d.threads_per_threadgroup[2]);
+  if (!e.stacks.count())
+    return "no memory for the threads' stacks";
   e.buffers.assign(std::max(d.buffer_count, 32u), nullptr);
-  for (uint32_t i = 0; i < d.buffer_count; i++) e.buffers[i] = d.buffers[i].data;
-  if constexpr (kChecks) checker::begin(d, kernel, e);
+  for (uint32_t i = 0; i < d.buffer_count; i++)
+    e.buffers[i] = d.buffers[i].data;
+  if constexpr (kChecks)
+    checker::begin(d, kernel, e);
   {
     FaultGuard guard;
     run_grid(e, d);
   }
-  if constexpr (kChecks) checker::end(d, e.error.empty());
+  if constexpr (kChecks)
+    checker::end(d, e.error.empty());
   d.switches = e.switches;
   d.barriers = e.barriers;
   d.threadgroup_memory = e.most_threadgroup_memory;
   return e.error;
 }
 
-}  // namespace
+} // namespace
 
-}  // namespace msl
+} // namespace msl
 
 #define MSL_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -143,18 +164,22 @@ MSL_EXPORT const char* msl_kernel_name(uint32_t kernel) { return msl_kernels[ker
 
 MSL_EXPORT int msl_kernel_find(const char* name) {
   for (uint32_t i = 0; i < msl_kernels_count; i++)
-    if (!strcmp(msl_kernels[i].name, name)) return static_cast<int>(i);
+    if (!strcmp(msl_kernels[i].name, name))
+      return static_cast<int>(i);
   return -1;
 }
 
-MSL_EXPORT uint32_t msl_parameter_count(uint32_t kernel) { return msl_kernels[kernel].parameter_count; }
+MSL_EXPORT uint32_t msl_parameter_count(uint32_t kernel) {
+  return msl_kernels[kernel].parameter_count;
+}
 MSL_EXPORT const msl_parameter* msl_parameter_get(uint32_t kernel, uint32_t i) {
   return &msl_kernels[kernel].parameters[i];
 }
 
 MSL_EXPORT int msl_constant_find(const char* name) {
   for (uint32_t i = 0; i < msl_constants_count; i++)
-    if (!strcmp(msl_constants[i].name, name)) return static_cast<int>(msl_constants[i].index);
+    if (!strcmp(msl_constants[i].name, name))
+      return static_cast<int>(msl_constants[i].index);
   return -1;
 }
 
@@ -167,6 +192,7 @@ MSL_EXPORT int msl_run(msl_dispatch* dispatch) {
 }
 
 MSL_EXPORT uint32_t msl_touched(uint32_t n, int written, msl_range* out, uint32_t capacity) {
-  if constexpr (msl::kChecks) return msl::checker::touched(n, written != 0, out, capacity);
+  if constexpr (msl::kChecks)
+    return msl::checker::touched(n, written != 0, out, capacity);
   return 0;
 }

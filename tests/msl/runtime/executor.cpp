@@ -30,18 +30,23 @@ std::string numbers(const std::vector<uint32_t>& threads) {
   std::string text = threads.size() == 1 ? "thread " : "threads ";
   for (size_t i = 0, shown = 0; i < threads.size(); shown++) {
     size_t j = i;
-    while (j + 1 < threads.size() && threads[j + 1] == threads[j] + 1) j++;
-    if (shown == 6) return text + ", ...";
+    while (j + 1 < threads.size() && threads[j + 1] == threads[j] + 1)
+      j++;
+    if (shown == 6)
+      return text + ", ...";
     text += (shown ? ", " : "") + std::to_string(threads[i]);
-    if (j > i) text += "-" + std::to_string(threads[j]);
+    if (j > i)
+      text += "-" + std::to_string(threads[j]);
     i = j + 1;
   }
   return text;
 }
 
 std::string doing(const Lane& lane) {
-  if (lane.state == State::kDone) return "returned";
-  if (lane.state == State::kRuns) return "running";
+  if (lane.state == State::kDone)
+    return "returned";
+  if (lane.state == State::kRuns)
+    return "running";
   return "waiting in " + where(lane.site);
 }
 
@@ -51,8 +56,10 @@ std::string doing(const Lane& lane) {
   for (uint32_t i = 0; i < e.count; i++) {
     std::string what = doing(e.lanes[i]);
     size_t g = 0;
-    while (g < groups.size() && groups[g].first != what) g++;
-    if (g == groups.size()) groups.push_back({what, {}});
+    while (g < groups.size() && groups[g].first != what)
+      g++;
+    if (g == groups.size())
+      groups.push_back({what, {}});
     groups[g].second.push_back(i);
   }
   std::string message = "divergent control flow: ";
@@ -68,10 +75,13 @@ void reschedule() {
   Executor& e = *executor;
   uint32_t me = e.current, p = e.position[me];
   for (uint32_t k = 1; k <= e.count; k++) {
-    if (++p == e.count) p = 0;
+    if (++p == e.count)
+      p = 0;
     uint32_t next = e.order[p];
-    if (e.lanes[next].state != State::kRuns) continue;
-    if (next != me) switch_from(&e.lanes[me].stack_pointer, next);
+    if (e.lanes[next].state != State::kRuns)
+      continue;
+    if (next != me)
+      switch_from(&e.lanes[me].stack_pointer, next);
     return;
   }
   diverged();
@@ -87,7 +97,8 @@ void lane_main() {
     void* dead;
     msl_switch(&dead, e.main_stack);
   }
-  if (e.simdgroups[lane.context.simdgroup].arrived || e.at_barrier) diverged();
+  if (e.simdgroups[lane.context.simdgroup].arrived || e.at_barrier)
+    diverged();
   reschedule();
   __builtin_trap();
 }
@@ -96,7 +107,7 @@ bool same(const msl_site& a, const msl_site& b) {
   return a.line == b.line && a.what == b.what && a.file == b.file;
 }
 
-}  // namespace
+} // namespace
 
 std::string where(const msl_site& site) {
   return std::string(site.what) + " at " + site.file + ":" + std::to_string(site.line);
@@ -105,12 +116,13 @@ std::string where(const msl_site& site) {
 std::string who() {
   const msl_context& c = *msl_self;
   return "thread " + std::to_string(c.thread_index) + " of threadgroup (" +
-         std::to_string(c.threadgroup_in_grid[0]) + "," + std::to_string(c.threadgroup_in_grid[1]) + "," +
-         std::to_string(c.threadgroup_in_grid[2]) + ")";
+         std::to_string(c.threadgroup_in_grid[0]) + "," + std::to_string(c.threadgroup_in_grid[1]) +
+         "," + std::to_string(c.threadgroup_in_grid[2]) + ")";
 }
 
 void fail(const std::string& message) {
-  if (executor->error.empty()) executor->error = message;
+  if (executor->error.empty())
+    executor->error = message;
   void* dead;
   msl_switch(&dead, executor->main_stack);
   __builtin_trap();
@@ -118,20 +130,26 @@ void fail(const std::string& message) {
 
 char* Executor::allocate(const void* key, uint64_t size, uint64_t align, const char* name) {
   for (const Variable& v : variables)
-    if (v.key == key) return v.data;
+    if (v.key == key)
+      return v.data;
   uint64_t start = (arena_used + 15) & ~uint64_t{15};
-  // No better aligned than its type asks, as in Apple's compiler: `threadgroup half a[]` is "align 2" there.
-  if (kChecks && align < 16) start += align;
+  // No better aligned than its type asks, as in Apple's compiler: `threadgroup half a[]` is "align
+  // 2" there.
+  if (kChecks && align < 16)
+    start += align;
   arena_counted = ((arena_counted + align - 1) & ~(align - 1)) + size;
-  if (arena_counted > most_threadgroup_memory) most_threadgroup_memory = arena_counted;
+  if (arena_counted > most_threadgroup_memory)
+    most_threadgroup_memory = arena_counted;
   if (arena_counted > kThreadgroupLimit || start + size > kArena)
-    fail("threadgroup memory: '" + std::string(name) + "' makes it " + std::to_string(arena_counted) +
-         " bytes, the limit is 32768");
+    fail("threadgroup memory: '" + std::string(name) + "' makes it " +
+         std::to_string(arena_counted) + " bytes, the limit is 32768");
   char* data = arena + start;
-  arena_used = start + size + 64;  // a gap, so that running over the end of one array isn't in the next
+  arena_used =
+      start + size + 64; // a gap, so that running over the end of one array isn't in the next
   variables.push_back({key, data});
-  memset(data, 0xFF, size);        // NaN in every float type
-  if constexpr (kChecks) checker::add_threadgroup_variable(data, size, name);
+  memset(data, 0xFF, size); // NaN in every float type
+  if constexpr (kChecks)
+    checker::add_threadgroup_variable(data, size, name);
   return data;
 }
 
@@ -160,7 +178,8 @@ void Executor::prepare_lane(uint32_t i, const uint32_t at[3], const uint32_t siz
 
 void Executor::prepare(const uint32_t at[3], const uint32_t grid[3], const uint32_t full[3]) {
   uint32_t size[3];
-  for (int d = 0; d < 3; d++) size[d] = std::min(full[d], grid[d] - at[d] * full[d]);
+  for (int d = 0; d < 3; d++)
+    size[d] = std::min(full[d], grid[d] - at[d] * full[d]);
   count = size[0] * size[1] * size[2];
   done = at_barrier = 0;
   arena_used = arena_counted = 0;
@@ -173,15 +192,18 @@ void Executor::prepare(const uint32_t at[3], const uint32_t grid[3], const uint3
     s.count = std::min(kSimdWidth, count - s.first);
     s.arrived = s.exited = s.parity = 0;
   }
-  for (uint32_t i = 0; i < count; i++) prepare_lane(i, at, size, grid, full);
+  for (uint32_t i = 0; i < count; i++)
+    prepare_lane(i, at, size, grid, full);
 }
 
-// Simdgroups stay together in the shuffled order (lanes shuffled inside): mixed lanes would only add switches.
+// Simdgroups stay together in the shuffled order (lanes shuffled inside): mixed lanes would only
+// add switches.
 void Executor::schedule() {
   order.resize(count);
   position.resize(count);
   std::iota(order.begin(), order.end(), 0u);
-  if (dispatch->order == MSL_REVERSE) std::reverse(order.begin(), order.end());
+  if (dispatch->order == MSL_REVERSE)
+    std::reverse(order.begin(), order.end());
   if (dispatch->order == MSL_SHUFFLED) {
     std::vector<uint32_t> groups(simdgroups.size());
     std::iota(groups.begin(), groups.end(), 0u);
@@ -193,14 +215,17 @@ void Executor::schedule() {
       at += simdgroups[g].count;
     }
   }
-  for (uint32_t i = 0; i < count; i++) position[order[i]] = i;
+  for (uint32_t i = 0; i < count; i++)
+    position[order[i]] = i;
 }
 
-void Executor::run_threadgroup(const uint32_t at[3], const uint32_t grid[3], const uint32_t full[3]) {
+void Executor::run_threadgroup(const uint32_t at[3], const uint32_t grid[3],
+                               const uint32_t full[3]) {
   static const char keys[kThreadgroupArguments] = {};
   prepare(at, grid, full);
   schedule();
-  if constexpr (kChecks) checker::begin_threadgroup();
+  if constexpr (kChecks)
+    checker::begin_threadgroup();
   for (uint32_t i = 0; i < dispatch->threadgroup_bytes_count && i < kThreadgroupArguments; i++) {
     std::string name = "threadgroup(" + std::to_string(i) + ")";
     uint32_t bytes = dispatch->threadgroup_bytes[i];
@@ -209,7 +234,7 @@ void Executor::run_threadgroup(const uint32_t at[3], const uint32_t grid[3], con
   switch_from(&main_stack, order[0]);
 }
 
-}  // namespace msl
+} // namespace msl
 
 using msl::executor;
 
@@ -230,8 +255,10 @@ bool msl_meet(const msl_site& site) {
   } else if (!msl::same(s.site, site)) {
     msl::diverged();
   }
-  if (s.exited) msl::diverged();
-  if (++s.arrived == s.count) return true;
+  if (s.exited)
+    msl::diverged();
+  if (++s.arrived == s.count)
+    return true;
   msl::reschedule();
   return false;
 }
@@ -240,12 +267,15 @@ void msl_release() {
   msl::Simdgroup& s = executor->simdgroups[msl_self->simdgroup];
   s.arrived = 0;
   s.parity ^= 1;
-  for (uint32_t i = s.first; i < s.first + s.count; i++) executor->lanes[i].state = msl::State::kRuns;
+  for (uint32_t i = s.first; i < s.first + s.count; i++)
+    executor->lanes[i].state = msl::State::kRuns;
 }
 
 void msl_simdgroup_barrier(int flags, const msl_site& site) {
-  if (!msl_meet(site)) return;
-  if constexpr (msl::kChecks) msl::checker::simdgroup_barrier(msl_self->simdgroup, flags);
+  if (!msl_meet(site))
+    return;
+  if constexpr (msl::kChecks)
+    msl::checker::simdgroup_barrier(msl_self->simdgroup, flags);
   msl_release();
 }
 
@@ -260,11 +290,15 @@ void msl_threadgroup_barrier(int flags, const msl_site& site) {
   } else if (!msl::same(e.barrier_site, site)) {
     msl::diverged();
   }
-  if (e.done) msl::diverged();
-  if (++e.at_barrier < e.count) return msl::reschedule();
+  if (e.done)
+    msl::diverged();
+  if (++e.at_barrier < e.count)
+    return msl::reschedule();
   e.at_barrier = 0;
-  if constexpr (msl::kChecks) msl::checker::threadgroup_barrier(flags);
-  for (msl::Lane& other : e.lanes) other.state = msl::State::kRuns;
+  if constexpr (msl::kChecks)
+    msl::checker::threadgroup_barrier(flags);
+  for (msl::Lane& other : e.lanes)
+    other.state = msl::State::kRuns;
 }
 
 void* msl_threadgroup_variable(const void* key, msl_u64 size, msl_u64 align, const char* name) {
@@ -279,7 +313,8 @@ void msl_fail(const char* message, const msl_site& site) {
 }
 
 void msl_atomic_access(const volatile void* p, msl_u64 size, bool write, const msl_site& site) {
-  if constexpr (msl::kChecks) msl::checker::atomic_access(p, size, write, site);
+  if constexpr (msl::kChecks)
+    msl::checker::atomic_access(p, size, write, site);
 }
 
-}  // extern "C"
+} // extern "C"

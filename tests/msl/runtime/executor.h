@@ -26,7 +26,7 @@ enum class State : uint8_t { kRuns, kInSimdgroup, kAtBarrier, kDone };
 struct Lane {
   void* stack_pointer;
   State state;
-  msl_site site;  // where it waits
+  msl_site site; // where it waits
   msl_context context;
 };
 
@@ -48,13 +48,13 @@ struct Executor {
   Stacks stacks;
   std::vector<Lane> lanes;
   std::vector<Simdgroup> simdgroups;
-  std::vector<uint32_t> order, position;  // of the threads in this threadgroup's schedule
+  std::vector<uint32_t> order, position; // of the threads in this threadgroup's schedule
   void* main_stack = nullptr;
   uint32_t current = 0, count = 0, done = 0;
   uint32_t at_barrier = 0;
   msl_site barrier_site{};
   std::vector<Variable> variables;
-  std::vector<void*> buffers;             // what the kernel gets for [[buffer(n)]]
+  std::vector<void*> buffers; // what the kernel gets for [[buffer(n)]]
   char* arguments[kThreadgroupArguments] = {};
   uint64_t arena_used = 0, arena_counted = 0;
   uint64_t switches = 0, barriers = 0, most_threadgroup_memory = 0;
@@ -64,16 +64,17 @@ struct Executor {
   void run_threadgroup(const uint32_t at[3], const uint32_t grid[3], const uint32_t full[3]);
   char* allocate(const void* key, uint64_t size, uint64_t align, const char* name);
 
- private:
+private:
   void prepare(const uint32_t at[3], const uint32_t grid[3], const uint32_t full[3]);
-  void prepare_lane(uint32_t i, const uint32_t at[3], const uint32_t size[3], const uint32_t grid[3],
-                    const uint32_t full[3]);
+  void prepare_lane(uint32_t i, const uint32_t at[3], const uint32_t size[3],
+                    const uint32_t grid[3], const uint32_t full[3]);
   void schedule();
 };
 
-extern Executor* executor;  // of the dispatch that runs
+extern Executor* executor; // of the dispatch that runs
 
-// Ends the dispatch with `message` (the first one counts). Doesn't return: the fibers are abandoned.
+// Ends the dispatch with `message` (the first one counts). Doesn't return: the fibers are
+// abandoned.
 [[noreturn]] void fail(const std::string& message);
 // "thread 3 of threadgroup (0,1,0)"
 std::string who();
@@ -81,20 +82,21 @@ std::string where(const msl_site& site);
 
 // A source of numbers for the shuffled order; the same on every machine.
 class Random {
- public:
+public:
   explicit Random(uint32_t seed) : state_(seed * 2654435761u + 1) {}
   uint32_t below(uint32_t bound) {
     state_ = state_ * 1664525u + 1013904223u;
     return (state_ >> 8) % bound;
   }
   void shuffle(uint32_t* first, uint32_t count) {
-    for (uint32_t i = count; i > 1; i--) std::swap(first[i - 1], first[below(i)]);
+    for (uint32_t i = count; i > 1; i--)
+      std::swap(first[i - 1], first[below(i)]);
   }
 
- private:
+private:
   uint32_t state_;
 };
 
 extern Random shuffler;
 
-}  // namespace msl
+} // namespace msl

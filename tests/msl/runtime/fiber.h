@@ -6,34 +6,38 @@
 
 namespace msl {
 
-// Saves the callee-saved registers on the stack, stores the stack pointer and goes on with the other stack.
-// 6 pushes and pops: about 3 ns, where swapcontext with its system call takes 300.
+// Saves the callee-saved registers on the stack, stores the stack pointer and goes on with the
+// other stack. 6 pushes and pops: about 3 ns, where swapcontext with its system call takes 300.
 extern "C" __attribute__((visibility("hidden"))) void msl_switch(void** save, void* load);
 
 class Stacks {
- public:
+public:
   static constexpr uint64_t kSize = 256 * 1024, kGuard = 4096;
 
   ~Stacks() { release(); }
 
   void reserve(uint32_t count) {
-    if (count <= count_) return;
+    if (count <= count_)
+      return;
     release();
     void* p = mmap(nullptr, count * kSize, PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED) return;
+    if (p == MAP_FAILED)
+      return;
     memory_ = static_cast<char*>(p);
     count_ = count;
-    for (uint32_t i = 0; i < count; i++) mprotect(memory_ + i * kSize, kGuard, PROT_NONE);
+    for (uint32_t i = 0; i < count; i++)
+      mprotect(memory_ + i * kSize, kGuard, PROT_NONE);
   }
 
-  // A stack pointer from which msl_switch enters `entry`. Tops are staggered: at equal offsets the stacks of
-  // 32 lanes would share the same few cache sets.
+  // A stack pointer from which msl_switch enters `entry`. Tops are staggered: at equal offsets the
+  // stacks of 32 lanes would share the same few cache sets.
   void* start(uint32_t i, void (*entry)()) const {
     char* top = memory_ + (i + 1) * kSize - 64 - (i * 1088) % 65536;
     void** sp = reinterpret_cast<void**>(top);
     *sp = reinterpret_cast<void*>(entry);
-    for (int r = 0; r < 6; r++) *--sp = nullptr;
+    for (int r = 0; r < 6; r++)
+      *--sp = nullptr;
     return sp;
   }
 
@@ -41,9 +45,10 @@ class Stacks {
   uint64_t end() const { return begin() + count_ * kSize; }
   uint32_t count() const { return count_; }
 
- private:
+private:
   void release() {
-    if (memory_) munmap(memory_, count_ * kSize);
+    if (memory_)
+      munmap(memory_, count_ * kSize);
     memory_ = nullptr;
     count_ = 0;
   }
@@ -52,4 +57,4 @@ class Stacks {
   uint32_t count_ = 0;
 };
 
-}  // namespace msl
+} // namespace msl

@@ -12,10 +12,11 @@
 namespace msl {
 
 class Library {
- public:
+public:
   // Throws std::runtime_error if `path` can't be loaded or isn't of this version.
   explicit Library(const std::string& path) : handle_(dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL)) {
-    if (!handle_) throw std::runtime_error(dlerror());
+    if (!handle_)
+      throw std::runtime_error(dlerror());
     if (find<decltype(msl_abi)>("msl_abi")() != MSL_ABI)
       throw std::runtime_error(path + " was built for another version of msl.h");
     run_ = find<decltype(msl_run)>("msl_run");
@@ -30,11 +31,13 @@ class Library {
   int constant(const std::string& name) const {
     return find<decltype(msl_constant_find)>("msl_constant_find")(name.c_str());
   }
-  // The [[buffer(n)]] parameters of `kernel`, in the order of the text; empty for an unknown kernel.
+  // The [[buffer(n)]] parameters of `kernel`, in the order of the text; empty for an unknown
+  // kernel.
   std::vector<const msl_parameter*> parameters(const std::string& kernel) const {
     const int k = find<decltype(msl_kernel_find)>("msl_kernel_find")(kernel.c_str());
     std::vector<const msl_parameter*> all;
-    if (k < 0) return all;
+    if (k < 0)
+      return all;
     const uint32_t count = find<decltype(msl_parameter_count)>("msl_parameter_count")(k);
     for (uint32_t i = 0; i < count; i++)
       all.push_back(find<decltype(msl_parameter_get)>("msl_parameter_get")(k, i));
@@ -43,7 +46,8 @@ class Library {
 
   // Throws std::runtime_error with the one-line message of a dispatch that failed.
   void run(msl_dispatch& dispatch) const {
-    if (run_(&dispatch)) throw std::runtime_error(dispatch.error);
+    if (run_(&dispatch))
+      throw std::runtime_error(dispatch.error);
   }
 
   // Of the last run of a check build: byte ranges of buffer `n`.
@@ -53,17 +57,17 @@ class Library {
     return ranges;
   }
 
- private:
-  template <class F>
-  F* find(const char* name) const {
+private:
+  template <class F> F* find(const char* name) const {
     void* p = dlsym(handle_, name);
-    if (!p) throw std::runtime_error(std::string("no function ") + name + " in the library");
+    if (!p)
+      throw std::runtime_error(std::string("no function ") + name + " in the library");
     return reinterpret_cast<F*>(p);
   }
 
-  void* handle_;  // never closed: fibers and threads may still hold its code
+  void* handle_; // never closed: fibers and threads may still hold its code
   decltype(&msl_run) run_;
   decltype(&msl_touched) touched_;
 };
 
-}  // namespace msl
+} // namespace msl

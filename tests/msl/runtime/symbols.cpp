@@ -9,24 +9,28 @@ namespace msl {
 
 std::string source_line(uint64_t pc) {
   Dl_info info;
-  if (!dladdr(reinterpret_cast<void*>(pc), &info)) return "";
+  if (!dladdr(reinterpret_cast<void*>(pc), &info))
+    return "";
   char command[1200];
   snprintf(command, sizeof command, "addr2line -i -e '%s' 0x%lx 2>/dev/null", info.dli_fname,
            static_cast<unsigned long>(pc - reinterpret_cast<uint64_t>(info.dli_fbase)));
   FILE* pipe = popen(command, "r");
-  if (!pipe) return "";
+  if (!pipe)
+    return "";
   std::string found;
   char line[1024];
   while (fgets(line, sizeof line, pipe)) {
     line[strcspn(line, "\n(")] = 0;
     std::string text = line;
-    while (!text.empty() && text.back() == ' ') text.pop_back();
+    while (!text.empty() && text.back() == ' ')
+      text.pop_back();
     // The innermost place that isn't in our own header: what the kernel's text called.
-    if (found.empty() && text.find("/msl/host/") == std::string::npos && text.find('?') == std::string::npos)
+    if (found.empty() && text.find("/msl/host/") == std::string::npos &&
+        text.find('?') == std::string::npos)
       found = " at " + text;
   }
   pclose(pipe);
   return found;
 }
 
-}  // namespace msl
+} // namespace msl

@@ -175,6 +175,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize(const at::Tensor& w, int
   return {weight, scales, biases};
 }
 
+// Without this, PYTORCH_ENABLE_MPS_FALLBACK would run a plan on the CPU.
+void decode_step(int64_t, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                 const at::Tensor&, const std::optional<at::Tensor>&, at::TensorList,
+                 at::Tensor&) {
+  TORCH_CHECK_NOT_IMPLEMENTED(false, "decode_step is not built for MPS; use the eager model there");
+}
+
 // (kernels, seconds that each took to compile) so far.
 std::tuple<std::vector<std::string>, std::vector<double>> metal_compile_log() {
   std::tuple<std::vector<std::string>, std::vector<double>> result;
@@ -194,6 +201,7 @@ TORCH_LIBRARY_IMPL(q4metal, MPS, m) {
   m.impl("embedding", &q4metal::mps::embedding);
   m.impl("dequantize", &q4metal::mps::dequantize);
   m.impl("quantize", &q4metal::mps::quantize);
+  m.impl("decode_step", &q4metal::mps::decode_step);
 }
 
 TORCH_LIBRARY_FRAGMENT(q4metal, m) {

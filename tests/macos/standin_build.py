@@ -1,4 +1,4 @@
-"""Builds the stand-in for torch's Metal side: tests/macos/standin with the host code of csrc/metal."""
+"""Builds the stand-in for torch's Metal side, with the host code of csrc/metal in it."""
 
 import concurrent.futures
 import ctypes
@@ -83,13 +83,15 @@ def build() -> Path:
 class Standin:
     """The loaded stand-in: after this ``.to("mps")`` works in this process, on Linux.
 
-    ``mode``: "typed" or "check", the build of tests/msl that kernels compiled from now on run in.
+    ``mode``: "typed" or "check", the build of tests/msl for kernels that are compiled from now on.
+    ``refusal``: what the Metal compiler answers to any text, as long as it is set.
     """
 
     def __init__(self) -> None:
         path = build()
         torch.ops.load_library(str(path))
         self.mode = "typed"
+        self.refusal: str | None = None
         self._library = ctypes.CDLL(str(path))
         for name in ("standin_fallbacks", "standin_dispatches"):
             getattr(self._library, name).restype = ctypes.c_char_p
@@ -99,6 +101,8 @@ class Standin:
 
     def _compile_metal(self, text: bytes, answer: int, capacity: int) -> None:
         try:
+            if self.refusal is not None:
+                raise MetalCompileError(self.refusal)
             result = str(msl_library.build(text.decode(), "kernel.metal", self.mode))
         except MetalCompileError as error:
             result = f"!{error}"

@@ -144,6 +144,27 @@ class Tokens(list[Token]):
         name = self.before(i)
         return "namespace" in (self.at(name), self.at(self.before(name)))
 
+    def functions(self) -> Iterator[tuple[int, int, int]]:
+        """Functions with a body: positions of the name and of the body's braces."""
+        i = -1
+        while (i := self.after(i)) < len(self):
+            last = self.before(i)
+            while self.at(last) in ("const", "thread", "device", "constant"):
+                last = self.before(last)
+            if self.at(i) != "{" or self.at(last) != ")":
+                continue
+            name, depth = last, 0
+            while name >= 0:
+                depth += (self.at(name) == ")") - (self.at(name) == "(")
+                if depth == 0:
+                    break
+                name -= 1
+            name = self.before(name)
+            if self[name].kind == "name":
+                end = self.closing(i)
+                yield name, i, end
+                i = end
+
     def blank(self, start: int, end: int) -> None:
         """Removes [start, end) but for its line ends, so that the rest stays on its lines."""
         for token in self[start:end]:

@@ -24,7 +24,7 @@ class Argument:
     declaration: str
     attribute: str
     index: str
-    optional: bool
+    guard: str  # the function constant that says whether it is bound
 
 
 @dataclass
@@ -59,11 +59,13 @@ class _Rewriter:
         self.constants: list[FunctionConstant] = []
         self.derived: list[tuple[str, str]] = []
         self.variables = 0
+        self.names: dict[str, set[str]] = {}
 
     def run(self) -> str:
         instances = self._take_instances()
         self._find_kernels()
         self._attach(instances)
+        self._find_names()
         self._function_constants()
         self._blank_attributes()
         self._threadgroup_variables()
@@ -128,8 +130,9 @@ class _Rewriter:
         at = next((i for i in range(start, end) if t.is_attribute(i)), end)
         inside = t.join(at + 2, t.closing(at) - 1) if at < end else ""
         parts = re.findall(r"(\w+)(?: ?\( ?(\w+) ?\))?", inside)
+        guard = next((p[1] for p in parts if p[0] == "function_constant"), "")
         main = next((p for p in parts if p[0] != "function_constant"), ("", ""))
-        return Argument(t.join(start, at), main[0], main[1], "function_constant" in inside)
+        return Argument(t.join(start, at), main[0], main[1], guard)
 
     def _number_buffers(self, arguments: list[Argument]) -> None:
         """A pointer without attribute gets the next free buffer, as Metal numbers them."""
@@ -157,12 +160,30 @@ class _Rewriter:
         if twice:
             raise MetalSyntaxError(f"two kernels have the host name '{min(twice)}'")
 
+    def _find_names(self) -> None:
+        """Which names each function's body has: what a kernel uses is what these lead to."""
+        t = self.tokens
+        for name, start, end in t.functions():
+            self.names.setdefault(t.at(name), set()).update(
+                x.text for x in t[start:end] if x.kind == "name"
+            )
+
+    def _used_constants(self, kernel: Kernel) -> list[int]:
+        """Positions of the function constants that ``kernel`` can't do without."""
+        found, pending = set(), [kernel.name, *(a.guard for a in kernel.arguments)]
+        while pending:
+            name = pending.pop()
+            if name not in found:
+                found.add(name)
+                pending += self.names.get(name, ())
+        return [n for n, c in enumerate(self.constants) if c.name in found]
+
     def _function_constants(self) -> None:
         """Function constants become variables, and constants that follow from them are computed anew."""
         t, changing, i = self.tokens, set(), -1
         while i + 1 < len(t):
             i += 1
-            if t.at(i) == "{" and not t.opens_namespace(i):
+            if t.at(i) == "(" or t.at(i) == "{" and not t.opens_namespace(i):
                 i = t.closing(i)
             if t.at(i) != "constant":
                 continue
@@ -184,6 +205,7 @@ class _Rewriter:
                     " ".join(w for w in words[:-1] if w not in ("constant", "const")),
                 )
                 self.derived.append((name, _is_defined(right.strip())))
+                self.names[name] = set(re.findall(r"\w+", right))
                 self._replace(i, end, f"static {type_} {name}")
                 changing.add(name)
         for i in range(len(t)):
@@ -309,14 +331,19 @@ class _Rewriter:
                 rows = [
                     f'{{"{re.findall(r"[A-Za-z_0-9]+", a.declaration)[-1]}", "{a.declaration}", {a.index}, '
                     f"::msl::parameter_is_const<{i}>({expression}), "
-                    f"::msl::parameter_size<{i}>({expression}), {int(a.optional)}}}"
+                    f"::msl::parameter_size<{i}>({expression}), {int(bool(a.guard))}}}"
                     for i, a in enumerate(kernel.arguments)
                     if a.attribute == "buffer"
                 ]
                 lines.append(
                     f"static const msl_parameter msl_parameters_{n}[] = {{{', '.join(rows) or '{}'}}};"
                 )
-                entries.append(f'{{"{host}", msl_thread_{n}, msl_parameters_{n}, {len(rows)}}}')
+                used = ", ".join(map(str, self._used_constants(kernel)))
+                lines.append(f"static const msl_u32 msl_uses_{n}[] = {{{used or 0}}};")
+                entries.append(
+                    f'{{"{host}", msl_thread_{n}, msl_parameters_{n}, {len(rows)}, '
+                    f"msl_uses_{n}, {used.count(',') + 1 if used else 0}}}"
+                )
         if not entries:
             raise MetalSyntaxError("the text has no kernel that a host can ask for")
         return [

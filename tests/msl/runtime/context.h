@@ -30,6 +30,8 @@ struct msl_kernel_entry {
   void (*run)(); // one thread, from the current context
   const msl_parameter* parameters;
   msl_u32 parameter_count;
+  const msl_u32* constants;  // numbers in msl_constants of those that it or what it calls mentions
+  msl_u32 constant_count;
 };
 
 struct msl_constant_entry {

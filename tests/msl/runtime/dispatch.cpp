@@ -60,7 +60,7 @@ std::string check_buffers(const msl_dispatch& d, const msl_kernel_entry& kernel)
   return "";
 }
 
-std::string set_constants(const msl_dispatch& d) {
+std::string set_constants(const msl_dispatch& d, const msl_kernel_entry& kernel) {
   for (uint32_t i = 0; i < msl_constants_count; i++)
     *msl_constants[i].defined = false;
   for (uint32_t k = 0; k < d.constant_count; k++) {
@@ -80,12 +80,11 @@ std::string set_constants(const msl_dispatch& d) {
     if (!known)
       return name + " does not exist in the library";
   }
-  for (uint32_t i = 0; i < msl_constants_count; i++) {
-    const msl_constant_entry& c = msl_constants[i];
-    if (*c.defined)
-      continue;
-    memset(c.value, 0, c.size);
-    if (c.required)
+  for (uint32_t i = 0; i < msl_constants_count; i++)
+    if (!*msl_constants[i].defined) memset(msl_constants[i].value, 0, msl_constants[i].size);
+  for (uint32_t k = 0; k < kernel.constant_count; k++) {
+    const msl_constant_entry& c = msl_constants[kernel.constants[k]];
+    if (c.required && !*c.defined)
       return "function constant " + std::to_string(c.index) + " '" + c.name + "' is not set";
   }
   msl_derive_constants();
@@ -120,7 +119,7 @@ std::string run(msl_dispatch& d) {
   if (number < 0)
     return "no kernel of this name";
   const msl_kernel_entry& kernel = msl_kernels[number];
-  for (std::string error : {check_sizes(d), check_buffers(d, kernel), set_constants(d)})
+  for (std::string error : {check_sizes(d), check_buffers(d, kernel), set_constants(d, kernel)})
     if (!error.empty())
       return error;
   if (!executor)

@@ -48,7 +48,7 @@ template <int kBits, int kCount> struct CodeStream {
 
   ushort units[kUnits];
 
-  void load(device const uchar* codes) {
+  void read(device const uchar* codes) {
     for (int i = 0; i < kUnits; ++i)
       units[i] = kUnit == 16 ? reinterpret_cast<device const ushort*>(codes)[i] : ushort(codes[i]);
   }
@@ -78,43 +78,15 @@ template <int kBits, int kCount>
 inline void expand(device const uchar* codes, float scale, float bias,
                    thread float (&values)[kCount]) {
   CodeStream<kBits, kCount> stream;
-  stream.load(codes);
+  stream.read(codes);
   for (int j = 0; j < kCount; ++j)
     values[j] = fma(scale, float(stream.code(j)), bias);
 }
 
 // ---- the matvec core: each lane takes kCodesPerLane weights of an output feature at a time
 
-// 16 values of x, ready to be multiplied by 16 placed codes.
-struct Sixteen {
-  float4 values[4]; // x divided by the places of the codes
-  float sum;        // of x
-};
-
-template <int kBits> inline Sixteen prepare(float4 a, float4 b, float4 c, float4 d) {
-  typedef CodeStream<kBits, kCodesPerLane> Stream;
-  const float4 sums = (a + b) + (c + d);
-  Sixteen x;
-  x.sum = (sums.x + sums.y) + (sums.z + sums.w);
-  x.values[0] = a;
-  x.values[1] = b;
-  x.values[2] = c;
-  x.values[3] = d;
-  for (int j = 0; j < kCodesPerLane; ++j)
-    if (Stream::place(j) != 1)
-      x.values[j / 4][j % 4] *= 1.0f / float(Stream::place(j));
-  return x;
-}
-
-template <typename Vector>
-inline float dot16(thread const Vector (&codes)[4], thread const Sixteen& x) {
-  float4 sums = float4(codes[0]) * x.values[0];
-  for (int i = 1; i < 4; ++i)
-    sums = fma(float4(codes[i]), x.values[i], sums);
-  return (sums.x + sums.y) + (sums.z + sums.w);
-}
-
-// Codes wait in registers while several rows use them; half holds them exactly in half the room.
+// Codes and dense weights wait in registers while several rows use them; half holds codes exactly,
+// in half the room.
 template <int kRows> struct CodeVector {
   typedef half4 type;
 };
@@ -122,12 +94,14 @@ template <> struct CodeVector<1> {
   typedef float4 type;
 };
 
-template <int kBits, typename Vector>
-inline void place_codes(thread const CodeStream<kBits, kCodesPerLane>& stream,
-                        thread Vector (&codes)[4]) {
-  for (int i = 0; i < 4; ++i)
-    codes[i] = Vector(stream.placed(4 * i), stream.placed(4 * i + 1), stream.placed(4 * i + 2),
-                      stream.placed(4 * i + 3));
+inline float sum_of(float4 v) { return (v.x + v.y) + (v.z + v.w); }
+
+template <typename Vector>
+inline float dot16(thread const Vector (&w)[4], thread const float4 (&x)[4]) {
+  float4 sums = float4(w[0]) * x[0];
+  for (int i = 1; i < 4; ++i)
+    sums = fma(float4(w[i]), x[i], sums);
+  return sum_of(sums);
 }
 
 // A packed matrix [N, K] in device memory.
@@ -143,38 +117,115 @@ template <int kBits, int kGroup, typename S> struct Packed {
   ulong group(uint feature, uint k) const {
     return ulong(in_features / kGroup) * feature + k / kGroup;
   }
+
+  static Packed at(device const void* weight, device const void* scales, device const void* biases,
+                   uint in_features) {
+    return Packed{static_cast<device const uchar*>(weight), static_cast<device const S*>(scales),
+                  static_cast<device const S*>(biases), in_features};
+  }
+
+  // 16 values of x, ready to be multiplied by 16 placed codes: divided by the codes' places.
+  struct Input {
+    float4 values[4];
+    float sum; // of x itself
+
+    Input(thread const float4 (&x)[4]) {
+      sum = sum_of((x[0] + x[1]) + (x[2] + x[3]));
+      for (int i = 0; i < 4; ++i)
+        values[i] = x[i];
+      typedef CodeStream<kBits, kCodesPerLane> Stream;
+      for (int j = 0; j < kCodesPerLane; ++j)
+        if (Stream::place(j) != 1)
+          values[j / 4][j % 4] *= 1.0f / float(Stream::place(j));
+    }
+  };
+
+  // W[features, k .. k + 16) in registers.
+  template <int kFeatures, int kRows> struct Piece {
+    typedef typename CodeVector<kRows>::type Vector;
+    Vector codes[kFeatures][4];
+    float scales[kFeatures], biases[kFeatures];
+
+    void fetch(thread const Packed& w, thread const uint (&features)[kFeatures], uint k) {
+      CodeStream<kBits, kCodesPerLane> streams[kFeatures];
+      for (int f = 0; f < kFeatures; ++f) {
+        streams[f].read(w.codes(features[f], k));
+        scales[f] = float(w.scales[w.group(features[f], k)]);
+        biases[f] = float(w.biases[w.group(features[f], k)]);
+      }
+      for (int f = 0; f < kFeatures; ++f)
+        for (int i = 0; i < 4; ++i)
+          codes[f][i] = Vector(streams[f].placed(4 * i), streams[f].placed(4 * i + 1),
+                               streams[f].placed(4 * i + 2), streams[f].placed(4 * i + 3));
+    }
+
+    float add(int f, thread const Input& x, float sum) const {
+      return fma(scales[f], dot16(codes[f], x.values), fma(biases[f], x.sum, sum));
+    }
+  };
 };
 
-// Rows of x [rows, K] in device memory.
+// A matrix [N, K] that was left dense. K is a multiple of 16, rows begin at multiples of four
+// elements.
+template <typename T> struct Dense {
+  device const T* weight;
+  uint in_features;
+
+  static Dense at(device const void* weight, device const void*, device const void*,
+                  uint in_features) {
+    return Dense{static_cast<device const T*>(weight), in_features};
+  }
+
+  struct Input {
+    float4 values[4];
+
+    Input(thread const float4 (&x)[4]) {
+      for (int i = 0; i < 4; ++i)
+        values[i] = x[i];
+    }
+  };
+
+  template <int kFeatures, int kRows> struct Piece {
+    vec<T, 4> values[kFeatures][4];
+
+    void fetch(thread const Dense& w, thread const uint (&features)[kFeatures], uint k) {
+      for (int f = 0; f < kFeatures; ++f)
+        for (int i = 0; i < 4; ++i)
+          values[f][i] = *reinterpret_cast<device const vec<T, 4>*>(
+              w.weight + ulong(w.in_features) * features[f] + k + 4 * i);
+    }
+
+    float add(int f, thread const Input& x, float sum) const {
+      return sum + dot16(values[f], x.values);
+    }
+  };
+};
+
+// Rows of x [rows, K] in device memory: what a matrix is multiplied by.
 template <typename T> struct RowsOf {
   device const T* x;
   uint in_features;
 
-  float4 load(int row, uint k) const { return load4(x + ulong(in_features) * row, k); }
+  void load(int row, uint k, thread float4 (&values)[4]) {
+    for (int i = 0; i < 4; ++i)
+      values[i] = load4(x + ulong(in_features) * row, k + 4 * i);
+  }
 };
 
 // sums[f][m] += this lane's share of the product of row features[f] of W and row m of x.
-template <int kRows, int kFeatures, int kBits, int kGroup, typename S, typename Input>
-inline void multiply(thread const Packed<kBits, kGroup, S>& w, thread const Input& input,
+template <int kRows, int kFeatures, typename Matrix, typename Rows>
+inline void multiply(thread const Matrix& w, thread Rows& rows,
                      thread const uint (&features)[kFeatures], uint lane,
                      thread float (&sums)[kFeatures][kRows]) {
-  typedef typename CodeVector<kRows>::type Vector;
   for (uint k = lane * kCodesPerLane; k < w.in_features; k += kSimdWidth * kCodesPerLane) {
-    CodeStream<kBits, kCodesPerLane> streams[kFeatures];
-    float scales[kFeatures], biases[kFeatures];
-    for (int f = 0; f < kFeatures; ++f) {
-      streams[f].load(w.codes(features[f], k));
-      scales[f] = float(w.scales[w.group(features[f], k)]);
-      biases[f] = float(w.biases[w.group(features[f], k)]);
-    }
-    Vector codes[kFeatures][4];
-    for (int f = 0; f < kFeatures; ++f)
-      place_codes<kBits>(streams[f], codes[f]);
+    typename Matrix::template Piece<kFeatures, kRows> piece;
+    piece.fetch(w, features, k);
     for (int m = 0; m < kRows; ++m) {
-      const Sixteen x = prepare<kBits>(input.load(m, k), input.load(m, k + 4), input.load(m, k + 8),
-                                       input.load(m, k + 12));
+      float4 values[4];
+      rows.load(m, k, values);
+      const typename Matrix::Input x(values);
       for (int f = 0; f < kFeatures; ++f)
-        sums[f][m] = fma(scales[f], dot16(codes[f], x), fma(biases[f], x.sum, sums[f][m]));
+        sums[f][m] = piece.add(f, x, sums[f][m]);
     }
   }
 }

@@ -20,7 +20,7 @@ template <typename Out, int kBits, int kGroup, typename S>
 inline void expand_rounded(thread const Packed<kBits, kGroup, S>& w, uint row, uint k,
                            device Out* out) {
   CodeStream<kBits, kCodesPerLane> stream;
-  stream.load(w.codes(row, k));
+  stream.read(w.codes(row, k));
   const float scale = float(w.scales[w.group(row, k)]);
   const float bias = float(w.biases[w.group(row, k)]);
   for (int j = 0; j < kCodesPerLane; ++j)

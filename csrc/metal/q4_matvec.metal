@@ -21,7 +21,7 @@ kernel void q4_matvec(device const uchar* weight [[buffer(0)]],
     features[f] = min(first + f, args.out_features - 1); // past the end: computed, not stored
 
   const Packed<kBits, kGroup, S> w = {weight, scales, biases, args.in_features};
-  const RowsOf<X> input = {x, args.in_features};
+  RowsOf<X> input = {x, args.in_features};
   float sums[kMatvecFeatures][kRows] = {};
   multiply(w, input, features, lane, sums);
 

@@ -1,5 +1,6 @@
 # make chat   sets everything up in .venv, fetches the built-in model, opens the chat
 # make test   the same, then all tests        make lint    style and types
+# make test-macos-link   compiles and links the extension for Apple silicon, on any machine
 # make clean  removes what make made here
 # Works with GNU make 3.81 (macOS) and any POSIX shell. Everything but an answer goes to stderr.
 
@@ -14,7 +15,7 @@ override PROMPT := $(value PROMPT)
 override MODEL := $(value MODEL)
 export PROMPT MODEL
 
-.PHONY: chat test lint format clean
+.PHONY: chat test test-macos-link lint format clean
 
 chat: $(VENV)/.package $(if $(value MODEL),,$(VENV)/.model)
 	@set -- ; \
@@ -24,6 +25,9 @@ chat: $(VENV)/.package $(if $(value MODEL),,$(VENV)/.model)
 
 test: $(VENV)/.package $(VENV)/.model $(VENV)/.dev
 	$(PY) -m pytest
+
+test-macos-link: $(VENV)/.package $(VENV)/.dev
+	$(PY) tests/macos/link.py
 
 lint: $(VENV)/.package $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -2,8 +2,8 @@
 
 setup.py itself runs as if on a Mac (darwin_build.py), against the macOS wheel of the torch that
 scripts/setup.sh pins and against the newest one. Then every symbol must be one that torch, the
-system or Python has, and every Objective-C message one that pyobjc's metadata of Metal knows: the
-stub headers are ours, that list is not. Downloads and objects are kept in build/macos.
+system or Python has, and every Objective-C message one that pyobjc or metal-cpp knows: the stub
+headers are ours, those lists are not. Downloads and objects are kept in build/macos.
 """
 
 import re
@@ -17,9 +17,6 @@ from macho import MachO
 
 ROOT, BUILD = cross_compiler.ROOT, cross_compiler.BUILD
 WHEELS = BUILD / "wheels"
-# Of NSObject and NSString, which are Foundation's; Metal's metadata has only Metal.
-FOUNDATION = {"UTF8String", "alloc", "init", "new", "respondsToSelector:", "stringWithUTF8String:"}
-_FOUNDATION_PROPERTIES = {"localizedDescription", "error", "status", "name"}
 
 
 class LinkError(RuntimeError):
@@ -64,33 +61,61 @@ def build(torch: Path) -> Path:
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
     )  # fmt: skip
     if result.returncode:
-        raise LinkError(f"setup.py fails against {torch.parent.name}:\n{result.stdout[-6000:]}")
+        said = re.findall(r"^(?:.*error: .*|.*Error: .*)$", result.stdout, re.MULTILINE)
+        raise LinkError(f"setup.py fails against {torch.parent.name}:\n" + "\n".join(said[:20]))
     (linked,) = (folder / "lib" / "torch_q4metal").glob("_C.*.so")
     return linked
 
 
-def check_symbols(linked: MachO) -> int:
-    """How many symbols were checked. The linker leaves open only what Python has."""
-    loose = [s.name for s in linked.undefined() if s.library is None]
-    strangers = [name for name in loose if not name.startswith(("_Py", "__Py"))]
-    if strangers:
-        raise LinkError(f"no library has the symbols {', '.join(sorted(strangers)[:10])}")
-    return len(linked.undefined())
+def check_symbols(linked: MachO, torch: Path) -> int:
+    """How many symbols were checked.
+
+    A Mac's Python is not linked but found when the extension loads, so the linker leaves open
+    whatever no library has; here that must be Python's and nothing else.
+    """
+    needed = linked.undefined()
+    system = {name for name, library in needed.items() if library and library.startswith("/")}
+    python = {name for name in needed if name.startswith(("_Py", "__Py"))}
+    open_ = set(needed) - system - python
+    for library in sorted((torch / "lib").glob("libtorch*.dylib")) + [torch / "lib/libc10.dylib"]:
+        open_ -= MachO(library).exported()
+    if open_:
+        raise LinkError(f"no library has the symbols {', '.join(sorted(open_)[:10])}")
+    return len(needed)
 
 
-def check_selectors(linked: MachO, metadata: str) -> int:
-    """How many Objective-C messages were checked against pyobjc's ``Metal/_metadata.py``."""
-    known = set(re.findall(r'b"([A-Za-z_:0-9]+)"', metadata)) | FOUNDATION
-    known |= _FOUNDATION_PROPERTIES | {p for m in known if (p := _property(m))}
+def known_messages(pyobjc: Path, mlx: Path) -> set[str]:
+    """Objective-C messages that two independent lists have: pyobjc's metadata and metal-cpp."""
+    with zipfile.ZipFile(pyobjc) as archive:
+        metadata = archive.read("Metal/_metadata.py").decode()
+    known = set(re.findall(r'b"([A-Za-z_:0-9]+)"', metadata))
+    with zipfile.ZipFile(mlx) as archive:
+        for name in archive.namelist():
+            if "metal_cpp/" in name and name.endswith(".hpp"):
+                text = archive.read(name).decode(errors="replace")
+                known |= set(re.findall(r'PRIVATE_DEF_SEL\(\s*\w+,\s*"([^"]+)"\)', text))
+    return known
+
+
+def check_messages(linked: MachO, known: set[str]) -> int:
+    """How many Objective-C messages were checked."""
     strangers = linked.selectors() - known
     if strangers:
-        raise LinkError(f"Metal knows no message {', '.join(sorted(strangers))}")
+        raise LinkError(f"Metal and Foundation know no message {', '.join(sorted(strangers))}")
     return len(linked.selectors())
 
 
-def _property(setter: str) -> str | None:
-    match = re.fullmatch(r"set([A-Z])(\w*):", setter)
-    return match and match[1].lower() + match[2]
+def check_constants(pyobjc: Path) -> int:
+    """How many enumerators of the stub headers were checked against pyobjc's values."""
+    with zipfile.ZipFile(pyobjc) as archive:
+        metadata = archive.read("Metal/_metadata.py").decode()
+    stub = cross_compiler.STUBS / "Metal.framework/Headers/Metal.h"
+    found = re.findall(r"^  (MTL\w+) = ([^,]+),$", stub.read_text(), re.MULTILINE)
+    for name, value in found:
+        number = eval(value, {"__builtins__": {}})  # an integer expression of our own header
+        if f"${name}@{number}$" not in metadata:
+            raise LinkError(f"{name} is not {number} in Metal; correct the stub header")
+    return len(found)
 
 
 def main() -> None:
@@ -98,13 +123,15 @@ def main() -> None:
     WHEELS.mkdir(parents=True, exist_ok=True)
     pinned = re.search(r"^TORCH=(\S+)", (ROOT / "scripts/setup.sh").read_text(), re.MULTILINE)
     assert pinned
-    with zipfile.ZipFile(download("pyobjc-framework-Metal")) as archive:
-        metadata = archive.read("Metal/_metadata.py").decode()
+    pyobjc = download("pyobjc-framework-Metal")
+    messages = known_messages(pyobjc, download("mlx-metal"))
+    print(f"stub headers: {check_constants(pyobjc)} constants have Metal's values", flush=True)
     for requirement in (f"torch=={pinned[1]}", "torch"):
         wheel = download(requirement)
-        linked = MachO(build(unpacked_torch(wheel)))
-        symbols, selectors = check_symbols(linked), check_selectors(linked, metadata)
-        print(f"{wheel.name}: linked; {symbols} symbols and {selectors} messages exist", flush=True)
+        torch = unpacked_torch(wheel)
+        linked = MachO(build(torch))
+        symbols, sent = check_symbols(linked, torch), check_messages(linked, messages)
+        print(f"{wheel.name}: linked; {symbols} symbols and {sent} messages exist", flush=True)
 
 
 if __name__ == "__main__":

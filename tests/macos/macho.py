@@ -1,21 +1,12 @@
 """Just enough of the Mach-O format to check a linked library: its undefined symbols, its names."""
 
 import struct
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 _MAGIC = 0xFEEDFACF  # 64 bits, little-endian
 _SEGMENT_64, _SYMTAB, _LOAD_DYLIB, _REEXPORT_DYLIB = 0x19, 0x2, 0xC, 0x8000001F
 _EXTERNAL, _TYPE_MASK, _UNDEFINED = 0x01, 0x0E, 0x00
-_LOOKED_UP_BY_NAME = 0xFE  # in any library that is loaded when the symbol is needed
-
-
-@dataclass(frozen=True)
-class Undefined:
-    """A symbol that another library must have; None: whichever is loaded."""
-
-    name: str
-    library: str | None
 
 
 class MachO:
@@ -57,19 +48,22 @@ class MachO:
         offset, size = self._sections.get("__objc_methname", (0, 0))
         return {s.decode() for s in self._data[offset : offset + size].split(b"\0") if s}
 
-    def undefined(self) -> list[Undefined]:
-        """What the library needs of others."""
-        return [
-            Undefined(name, None if ordinal == _LOOKED_UP_BY_NAME else self.libraries[ordinal - 1])
+    def undefined(self) -> dict[str, str | None]:
+        """Symbols that others must have, with the library that the linker found (None: in any)."""
+        libraries = dict(enumerate(self.libraries, start=1))
+        return {
+            name: libraries.get(ordinal)
             for name, kind, ordinal in self._symbols()
             if kind == _UNDEFINED
-        ]
+        }
 
-    def _symbols(self) -> list[tuple[str, int, int]]:
+    def exported(self) -> set[str]:
+        """Symbols that others may use."""
+        return {name for name, kind, _ in self._symbols() if kind != _UNDEFINED}
+
+    def _symbols(self) -> Iterator[tuple[str, int, int]]:
         start, count, strings = self._symtab
-        found = []
-        for i in range(count):
-            name, kind, _, note, _ = struct.unpack_from("<IBBHQ", self._data, start + 16 * i)
+        entries = memoryview(self._data)[start : start + 16 * count]
+        for name, kind, _, note, _ in struct.iter_unpack("<IBBHQ", entries):
             if kind & _EXTERNAL:
-                found.append((self._string(strings + name), kind & _TYPE_MASK, note >> 8))
-        return found
+                yield self._string(strings + name), kind & _TYPE_MASK, note >> 8

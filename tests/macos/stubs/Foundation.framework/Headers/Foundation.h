@@ -1,5 +1,5 @@
 // What csrc/metal and torch's headers use of Foundation, declared by hand for type checks without
-// macOS. Selectors are compared with an independent list (tests/macos/selectors.py).
+// macOS. Selectors are compared with an independent list (tests/macos/link.py).
 #pragma once
 
 #include <dispatch/dispatch.h>

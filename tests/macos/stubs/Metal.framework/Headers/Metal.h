@@ -1,5 +1,5 @@
 // What csrc/metal and torch's headers use of Metal, declared by hand for type checks without macOS.
-// Selectors are compared with an independent list (tests/macos/selectors.py).
+// Selectors are compared with an independent list (tests/macos/link.py).
 #pragma once
 
 #import <Foundation/Foundation.h>
@@ -23,8 +23,8 @@ typedef enum MTLMathMode : NSInteger {
   MTLMathModeFast = 2,
 } MTLMathMode;
 typedef enum MTLDispatchType : NSUInteger {
-  MTLDispatchTypeSerial,
-  MTLDispatchTypeConcurrent,
+  MTLDispatchTypeSerial = 0,
+  MTLDispatchTypeConcurrent = 1,
 } MTLDispatchType;
 typedef enum MTLBarrierScope : NSUInteger {
   MTLBarrierScopeBuffers = 1 << 0,

@@ -1,7 +1,8 @@
 """Builds the extension torch_q4metal._C from csrc/ against the torch that is installed.
 
 ``DEBUG=1`` builds without optimisation. Every source file compiles with the same flags for any CPU:
-kernels for an instruction set say so themselves (csrc/cpu/target.h) and are chosen at run time.
+kernels for an instruction set say so themselves (csrc/cpu/avx2.h, neon.h) and are chosen at run
+time.
 """
 
 import json
@@ -23,6 +24,7 @@ SOURCES = [
     "csrc/cpu/decode_step.cpp",
     "csrc/cpu/dispatch.cpp",
     "csrc/cpu/executor.cpp",
+    "csrc/cpu/prefill.cpp",
     "csrc/cpu/executor_registry.cpp",
     "csrc/cpu/threads.cpp",
     "csrc/cpu/cpu_features.cpp",
@@ -33,7 +35,8 @@ SOURCES = [
     "csrc/plan/bindings.cpp",
     "csrc/plan/plan.cpp",
 ]
-if platform.machine().lower() in ("x86_64", "amd64"):
+MACHINE = platform.machine().lower()
+if MACHINE in ("x86_64", "amd64"):
     SOURCES += [
         "csrc/cpu/avx2.cpp",
         "csrc/cpu/avx2_split.cpp",
@@ -44,6 +47,13 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "csrc/cpu/avx512_split.cpp",
         "csrc/cpu/avx512_gemm.cpp",
         "csrc/cpu/amx.cpp",
+    ]
+elif MACHINE in ("arm64", "aarch64"):
+    SOURCES += [
+        "csrc/cpu/neon.cpp",
+        "csrc/cpu/neon_split.cpp",
+        "csrc/cpu/neon_split_gemm.cpp",
+        "csrc/cpu/neon_i8mm_gemm.cpp",
     ]
 
 DEBUG = os.environ.get("DEBUG") == "1"

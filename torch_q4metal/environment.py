@@ -17,7 +17,11 @@ class Variable:
         return os.environ.get(self.name) or None
 
 
-CPU = Variable("Q4METAL_CPU", "ref | avx2", "forces the instruction set of the CPU kernels")
+CPU = Variable(
+    "Q4METAL_CPU",
+    "ref | avx2 | avx512 | amx | neon | amx-emulated",
+    "forces the instruction set of the CPU kernels",
+)
 CACHE = Variable("Q4METAL_CACHE", "a folder", "where converted models are kept")
 NO_HISTORY = Variable("Q4METAL_NOHISTORY", "1", "chat keeps no history file")
 

@@ -45,6 +45,7 @@ bool has_amx() {
 }
 
 bool has_neon() { return false; }
+bool has_i8mm() { return false; }
 
 #else
 
@@ -52,18 +53,39 @@ bool has_avx2() { return false; }
 bool has_avx512() { return false; }
 bool has_amx() { return false; }
 
-bool has_neon() {
 #if defined(__aarch64__) && defined(__linux__)
+
+bool has_neon() {
   constexpr unsigned long kDotprod = 1ul << 20; // HWCAP_ASIMDDP
   return (getauxval(AT_HWCAP) & kDotprod) != 0;
+}
+
+bool has_i8mm() {
+  constexpr unsigned long kI8mm = 1ul << 13; // HWCAP2_I8MM
+  return has_neon() && (getauxval(AT_HWCAP2) & kI8mm) != 0;
+}
+
 #elif defined(__aarch64__) && defined(__APPLE__)
+
+namespace {
+
+bool has_feature(const char* name) {
   int value = 0;
   size_t size = sizeof value;
-  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &value, &size, nullptr, 0) == 0 && value == 1;
-#else
-  return false;
-#endif
+  return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value == 1;
 }
+
+} // namespace
+
+bool has_neon() { return has_feature("hw.optional.arm.FEAT_DotProd"); }
+bool has_i8mm() { return has_neon() && has_feature("hw.optional.arm.FEAT_I8MM"); }
+
+#else
+
+bool has_neon() { return false; }
+bool has_i8mm() { return false; }
+
+#endif
 
 #endif
 

@@ -13,10 +13,8 @@
 #include "float_types.h"
 #include "kernels.h"
 
-#define Q4_DOT_TARGET "arch=armv8.2-a+dotprod"
-#define Q4_I8MM_TARGET "arch=armv8.2-a+dotprod+i8mm"
 #if !defined(Q4_NEON_TARGET)
-#define Q4_NEON_TARGET Q4_DOT_TARGET
+#define Q4_NEON_TARGET "arch=armv8.2-a+dotprod"
 #endif
 
 #if defined(__clang__)

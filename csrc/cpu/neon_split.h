@@ -12,7 +12,7 @@
 namespace q4metal::cpu {
 
 // A GEMM of rows that neon_split.cpp prepared, with the instructions of i8mm: only for CPUs that
-// have_i8mm().
+// have it (has_i8mm).
 template <Precision kPrecision>
 void neon_i8mm_gemm(const PackedMatrix& w, const std::byte* prepared, int64_t rows, float* y,
                     int64_t begin, int64_t end);

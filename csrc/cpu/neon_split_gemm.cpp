@@ -80,6 +80,9 @@ template <int kPlanes> struct DotTile : SplitTile {
 template <Precision kPrecision>
 void NeonGemm<kPrecision>::run(const PackedMatrix& w, const float*, const std::byte* prepared,
                                int64_t rows, float* y, int64_t begin, int64_t end) {
+  static const bool i8mm = has_i8mm();
+  if (i8mm)
+    return neon_i8mm_gemm<kPrecision>(w, prepared, rows, y, begin, end);
   constexpr int kPlanes = planes_of(kPrecision);
   for_width(w, [&](const auto& width) {
     multiply_all<DotTile<kPlanes>>(w, width, SplitX<kPlanes>(w, prepared), rows, y, begin, end);

@@ -28,7 +28,7 @@ _MEANING = [
     "-Xclang", "-ffloat16-excess-precision=none", "-Xclang", "-fbfloat16-excess-precision=none",
     "-ffp-contract=on", "-fno-math-errno", "-march=x86-64-v3",
 ]  # fmt: skip
-_CODE = ["-fPIC", "-gline-tables-only", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"]
+_CODE = ["-fPIC", "-gline-tables-only", "-fdebug-compilation-dir=.", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"]
 _WARNINGS = [
     "-Wno-everything", "-Wimplicit-float-conversion", "-Werror=vec-elem-size", "-Werror=uninitialized",
     "-Werror=sometimes-uninitialized", "-Werror=return-type", "-Werror=array-bounds",
@@ -113,9 +113,19 @@ def _run(command: list[str], text: str | None = None) -> subprocess.CompletedPro
 
 
 def _diagnosis(stderr: str) -> str:
-    """The compiler's words with the first error on the first line."""
-    found = re.search(r"^(.*?:\d+):\d+: (?:fatal )?error: (.*)$", stderr, re.MULTILINE)
-    return (f"{found[1]}: {found[2]}\n" if found else "") + stderr[:6000]
+    """The compiler's words behind a line of ours: the first error, at its place in the Metal text.
+
+    An error inside ``host/`` is one of the text that asked for it.
+    """
+    pattern = r"^(.+?):(\d+):\d+: (fatal error|error|note): (.*)$"
+    found = re.findall(pattern, stderr, re.MULTILINE)
+    first = next((i for i, f in enumerate(found) if f[2] != "note"), None)
+    if first is None:
+        return stderr[:6000]
+    file, line = next(
+        ((f[0], f[1]) for f in found[first:] if not f[0].startswith(str(HOST))), found[first][:2]
+    )
+    return f"{file}:{line}: {found[first][3]}\n{stderr[:6000]}"
 
 
 def _compile(source: str, scratch: Path, mode: str, runtime: Future[str], result: Path) -> None:
@@ -130,7 +140,9 @@ def _compile(source: str, scratch: Path, mode: str, runtime: Future[str], result
             [*front, "-O1", *_SANITIZERS, "-DMSL_CHECK", "-Xclang", "-disable-llvm-passes",
              "-S", "-emit-llvm", str(code), "-o", str(ir)]
         )  # fmt: skip
-        ir.write_text(without_address_spaces(ir.read_text()))
+        text = ir.read_text()
+        _reject_casts(text)
+        ir.write_text(without_address_spaces(text))
         _run([*_CLANG, *_CHECKED, "-march=x86-64-v3", "-fPIC", "-Wno-everything",
               "-c", str(ir), "-o", str(object_)])  # fmt: skip
     _reject_narrowing(checked.stderr)
@@ -146,6 +158,25 @@ def _reject_narrowing(stderr: str) -> None:
     found = re.search(pattern, stderr, re.MULTILINE)
     if found:
         raise MetalCompileError(f"{found[1]}: {found[2]}; write bfloat(...)")
+
+
+def _reject_casts(ir: str) -> None:
+    """Metal has no cast from one address space to another; clang takes those that the text writes out."""
+    found = re.search(r"= addrspacecast .*!dbg (!\d+)", ir)
+    if not found:
+        return
+    place = _metadata(ir, found[1])
+    scope = place
+    while "file: " not in scope:
+        scope = _metadata(ir, re.findall(r"scope: (!\d+)", scope)[0])
+    file = re.findall(r'filename: "(.*?)"', _metadata(ir, re.findall(r"file: (!\d+)", scope)[0]))
+    line = re.findall(r"line: (\d+)", place)
+    raise MetalCompileError(f"{file[0]}:{line[0]}: a cast from one address space to another")
+
+
+def _metadata(ir: str, number: str) -> str:
+    start = ir.index(f"\n{number} = ") + 1
+    return ir[start : ir.index("\n", start)]
 
 
 def _runtime(mode: str) -> str:

@@ -170,13 +170,7 @@ class Library:
         """
         known = self.parameters[kernel]
         group = _three(threads_per_threadgroup)
-        if (threadgroups is None) == (threads is None):
-            raise TypeError("the grid is given either in threadgroups or in threads")
-        grid = (
-            _three(threads)
-            if threads is not None
-            else [g * t for g, t in zip(_three(threadgroups or 1), group)]
-        )
+        grid = _grid(threadgroups, threads, group)
         keep: list[object] = []
         by_number = self._by_number(known, buffers)
         count = max(by_number, default=-1) + 1
@@ -223,6 +217,17 @@ class Library:
         ranges = (_Range * max(count, 1))()
         self._library.msl_touched(n, written, ranges, count)
         return [(r.begin, r.end) for r in ranges[:count]]
+
+
+def _grid(
+    threadgroups: int | Sequence[int] | None, threads: int | Sequence[int] | None, group: list[int]
+) -> list[int]:
+    """The grid in threads."""
+    if threads is not None and threadgroups is None:
+        return _three(threads)
+    if threadgroups is None or threads is not None:
+        raise TypeError("the grid is given either in threadgroups or in threads")
+    return [g * t for g, t in zip(_three(threadgroups), group)]
 
 
 def _three(size: int | Sequence[int]) -> list[int]:

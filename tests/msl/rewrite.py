@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from .lexer import MetalSyntaxError, Tokens, lex
 
 _SPACES = ("device", "constant", "threadgroup", "thread")
+_LAST_BUFFER = 30
 _VECTOR = re.compile(r"(char|uchar|short|ushort|int|uint|long|ulong|half|bfloat|float|bool)[234]$")
 _FUNCTION_CONSTANT = re.compile(
     r"constant (?:const )?(\w+) (\w+) ?\[\[ ?function_constant ?\( ?(.+?) ?\) ?\]\]$"
@@ -113,12 +114,15 @@ class _Rewriter:
                 j = t.after(j)
             j = t.skip_attributes(j)
             name, open_ = t.after(j), t.after(t.after(j))
-            if t.at(j) != "void" or t.at(open_) != "(":
+            if t.at(open_) != "(":
                 continue
+            if t.at(j) != "void":
+                raise MetalSyntaxError(f"{t[i].place}: kernel '{t.at(name)}' has to return void")
             first = t.declaration_start(i)
             is_template = t.at(first) == "template"
             arguments = [self._argument(a, b) for a, b in t.split(open_ + 1, t.closing(open_))]
             self._number_buffers(arguments)
+            _check_numbers(arguments, t[i].place)
             kernel = Kernel(t.at(name), arguments, is_template)
             if not is_template:
                 host = self._host_name(first, name)
@@ -364,6 +368,15 @@ class _Rewriter:
             f'extern "C" const msl_u32 msl_constants_count = {len(rows)};',
             f'extern "C" __attribute__((no_sanitize("thread"))) void msl_derive_constants() {{ {body} }}',
         ]
+
+
+def _check_numbers(arguments: list[Argument], place: str) -> None:
+    numbers = [int(a.index) for a in arguments if a.attribute == "buffer" and a.index.isdigit()]
+    for n in numbers:
+        if n > _LAST_BUFFER:
+            raise MetalSyntaxError(f"{place}: buffer({n}): Metal has 0 to {_LAST_BUFFER}")
+        if numbers.count(n) > 1:
+            raise MetalSyntaxError(f"{place}: buffer({n}) is bound twice")
 
 
 def _is_defined(text: str) -> str:

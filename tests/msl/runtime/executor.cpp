@@ -231,7 +231,9 @@ void Executor::run_threadgroup(const uint32_t at[3], const uint32_t grid[3],
     uint32_t bytes = dispatch->threadgroup_bytes[i];
     arguments[i] = bytes ? allocate(&keys[i], bytes, 16, name.c_str()) : nullptr;
   }
+  in_fibers = true;
   switch_from(&main_stack, order[0]);
+  in_fibers = false;
 }
 
 } // namespace msl

@@ -50,6 +50,7 @@ struct Executor {
   std::vector<Simdgroup> simdgroups;
   std::vector<uint32_t> order, position; // of the threads in this threadgroup's schedule
   void* main_stack = nullptr;
+  bool in_fibers = false;
   uint32_t current = 0, count = 0, done = 0;
   uint32_t at_barrier = 0;
   msl_site barrier_site{};

@@ -1,6 +1,6 @@
 #include "faults.h"
 
-#include <dlfcn.h>
+#include <pthread.h>
 #include <ucontext.h>
 
 #include "executor.h"
@@ -13,6 +13,7 @@ namespace {
 alignas(16) char signal_stack[64 * 1024]; // a fiber that overran its own stack has none left
 uint64_t fault_address, fault_pc;
 int fault_signal;
+pthread_t thread;  // that runs the dispatch
 
 [[noreturn]] void leave() {
   const char* what = fault_signal == SIGFPE ? "integer division by zero"
@@ -30,8 +31,7 @@ int fault_signal;
 void handle(int signal, siginfo_t* info, void* context) {
   auto* uc = static_cast<ucontext_t*>(context);
   auto& registers = uc->uc_mcontext.gregs;
-  const auto sp = static_cast<uint64_t>(registers[REG_RSP]);
-  if (!executor || sp < executor->stacks.begin() || sp > executor->stacks.end()) {
+  if (!executor->in_fibers || !pthread_equal(pthread_self(), thread)) {
     std::signal(signal, SIG_DFL); // not a kernel's: the instruction runs again and ends the process
     return;
   }
@@ -49,6 +49,7 @@ void handle(int signal, siginfo_t* info, void* context) {
 } // namespace
 
 FaultGuard::FaultGuard() {
+  thread = pthread_self();
   stack_t stack{};
   stack.ss_sp = signal_stack;
   stack.ss_size = sizeof signal_stack;

@@ -22,6 +22,8 @@ std::string source_line(uint64_t pc) {
   while (fgets(line, sizeof line, pipe)) {
     line[strcspn(line, "\n(")] = 0;
     std::string text = line;
+    while (text.starts_with("./"))
+      text.erase(0, 2);
     while (!text.empty() && text.back() == ' ')
       text.pop_back();
     // The innermost place that isn't in our own header: what the kernel's text called.

@@ -121,7 +121,7 @@ def compile_kernels(kernels: Iterable[Kernel], mode: str = "typed") -> Library:
     return compile([METAL / f"{family}.metal", lines], mode, [METAL])
 
 
-def _array(t: Tensor) -> np.ndarray:
+def array_of(t: Tensor) -> np.ndarray:
     """The tensor's memory; numpy has no bfloat16."""
     return t.view(torch.int16).numpy() if t.dtype == torch.bfloat16 else t.numpy()
 
@@ -172,7 +172,7 @@ class Runner:
         if not matvec:
             args = struct.pack("<IIIi", rows, k, n, code)
         buffers = [weight, scales, biases, scales if bias is None else bias, x]
-        arrays = [*(_array(b) for b in buffers), Unwritten(_array(y)), args]
+        arrays = [*(array_of(b) for b in buffers), Unwritten(array_of(y)), args]
         self._run(kernel, launch_of(op, rows, columns), arrays)
         return y
 
@@ -195,9 +195,9 @@ class Runner:
         out = torch.full((rows, k), float("nan"), dtype=dtype)
         id_bytes = 4 if ids is None else ids.element_size()
         buffers = [weight, scales, biases, scales if ids is None else ids]
-        arrays = [_array(b) for b in buffers]
+        arrays = [array_of(b) for b in buffers]
         args = struct.pack("<IIII", rows, k, n, id_bytes)
-        self._run(kernel, launch_of(op, rows, k), [*arrays, Unwritten(_array(out)), args])
+        self._run(kernel, launch_of(op, rows, k), [*arrays, Unwritten(array_of(out)), args])
         return out
 
     def quantize(self, w: Tensor, *, group_size: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,7 +208,7 @@ class Runner:
         scales = torch.full((n, k // group_size), float("nan"), dtype=w.dtype)
         biases = torch.full_like(scales, float("nan"))
         groups = scales.numel()
-        outputs = [Unwritten(_array(t)) for t in (weight, scales, biases)]
+        outputs = [Unwritten(array_of(t)) for t in (weight, scales, biases)]
         launch = launch_of("quantize", groups, k)
-        self._run(kernel, launch, [_array(w), *outputs, struct.pack("<I", groups)])
+        self._run(kernel, launch, [array_of(w), *outputs, struct.pack("<I", groups)])
         return weight, scales, biases

@@ -29,6 +29,10 @@ typedef enum MTLDispatchType : NSUInteger {
 typedef enum MTLBarrierScope : NSUInteger {
   MTLBarrierScopeBuffers = 1 << 0,
 } MTLBarrierScope;
+typedef enum MTLResourceUsage : NSUInteger {
+  MTLResourceUsageRead = 1 << 0,
+  MTLResourceUsageWrite = 1 << 1,
+} MTLResourceUsage;
 typedef enum MTLCommandBufferStatus : NSUInteger {
   MTLCommandBufferStatusCompleted = 4,
   MTLCommandBufferStatusError = 5,
@@ -43,7 +47,10 @@ typedef void (^MTLCommandBufferHandler)(id<MTLCommandBuffer> buffer);
 @property(readwrite, nonatomic) MTLLanguageVersion languageVersion;
 @end
 
-@protocol MTLBuffer <NSObject>
+@protocol MTLResource <NSObject>
+@end
+
+@protocol MTLBuffer <MTLResource>
 @property(readonly) NSUInteger length;
 @end
 
@@ -78,12 +85,14 @@ typedef void (^MTLCommandBufferHandler)(id<MTLCommandBuffer> buffer);
            offset:(NSUInteger)offset
           atIndex:(NSUInteger)index;
 - (void)dispatchThreadgroups:(MTLSize)threadgroups threadsPerThreadgroup:(MTLSize)threads;
+- (void)useResource:(id<MTLResource>)resource usage:(MTLResourceUsage)usage;
 - (void)memoryBarrierWithScope:(MTLBarrierScope)scope;
 @end
 
 @protocol MTLCommandBuffer <NSObject>
 @property(readonly) MTLCommandBufferStatus status;
 @property(nullable, readonly) NSError* error;
+- (void)addCompletedHandler:(MTLCommandBufferHandler)block;
 - (nullable id<MTLComputeCommandEncoder>)computeCommandEncoderWithDispatchType:
     (MTLDispatchType)type;
 @end

@@ -1,0 +1,246 @@
+#include "encoder.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <utility>
+
+namespace q4metal::mps {
+namespace {
+
+using plan::Segment;
+using plan::Step;
+using plan::StepKind;
+
+static_assert(kBlockPositions == plan::kBlockPositions);
+
+constexpr int64_t kAlignment = 256; // of each region in the workspace
+
+Format format_of(const Segment& segment) {
+  return std::visit([](const auto& m) { return mps::format_of(m); }, segment.matrix);
+}
+
+Kernel kernel_of(const Step& step, const plan::Shape& shape, int rows) {
+  const auto format = [&](int i) { return format_of(step.segments[i]); };
+  switch (step.kind) {
+  case StepKind::embed:
+    return embed_kernel(format(0));
+  case StepKind::norm_qkv:
+    return qkv_kernel(format(0), format(1), format(2), shape.kv_dtype, rows);
+  case StepKind::attention:
+    return attention_kernel(shape.kv_dtype, shape.head_dim);
+  case StepKind::output:
+  case StepKind::down:
+    return residual_kernel(format(0), rows);
+  case StepKind::norm_gate_up:
+    return gate_up_kernel(format(0), format(1), rows);
+  case StepKind::norm_head:
+    return head_kernel(format(0), rows);
+  case StepKind::argmax:
+    return argmax_kernel();
+  case StepKind::take_hidden:
+  case StepKind::give_hidden:
+    return copy_kernel();
+  }
+  return {};
+}
+
+// The argument struct, behind the buffers.
+template <typename Args> void set_args(unsigned index, const Args& args, CommandSink& sink) {
+  sink.bytes(index, &args, sizeof args);
+}
+
+} // namespace
+
+Encoder::Encoder(plan::Plan plan, DeviceMemory memory, int64_t context, Compile compile)
+    : plan_(std::move(plan)), memory_(std::move(memory)), context_(context),
+      compile_(std::move(compile)) {
+  const auto reserve = [&](int64_t bytes) {
+    const int64_t offset = workspace_bytes_;
+    workspace_bytes_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    return offset;
+  };
+  for (const auto& buffer : plan_.buffers)
+    offsets_.push_back(reserve(buffer.bytes_per_row * plan::kMaxRows));
+  if (needs_split(context_))
+    chunks_offset_ = reserve(plan::kMaxRows * chunks_of(context_) * plan_.shape.heads *
+                             (plan_.shape.head_dim + 2) * int64_t(sizeof(float)));
+}
+
+void Encoder::prepare(int rows) {
+  auto& pipelines = pipelines_[rows];
+  if (!pipelines.empty())
+    return;
+  const auto& shape = plan_.shape;
+  std::vector<Kernel> kernels;
+  for (const Step& step : plan_.steps)
+    kernels.push_back(kernel_of(step, shape, rows));
+  if (needs_split(context_)) {
+    const int shared = shared_heads(shape.heads, shape.kv_heads);
+    kernels.push_back(attention_split_kernel(shape.kv_dtype, shape.head_dim, shared));
+    kernels.push_back(attention_combine_kernel(shape.head_dim));
+  }
+  const auto states = compile_(kernels);
+  const size_t steps = plan_.steps.size();
+  const void* split = states.size() > steps ? states[steps] : nullptr;
+  const void* combine = states.size() > steps ? states[steps + 1] : nullptr;
+  for (size_t i = 0; i < steps; ++i)
+    pipelines.push_back({states[i], split, combine});
+}
+
+void Encoder::encode(const Pass& pass, Memory workspace, CommandSink& sink) {
+  prepare(pass.rows);
+  for (size_t i = 0; i < plan_.steps.size(); ++i) {
+    if (plan_.steps[i].kind == StepKind::argmax && pass.tokens.buffer == nullptr)
+      continue;
+    if (plan_.barrier_before[i])
+      sink.barrier();
+    encode_step(i, pass, workspace, sink);
+  }
+}
+
+void Encoder::encode_step(size_t index, const Pass& pass, Memory workspace,
+                          CommandSink& sink) const {
+  const Step& step = plan_.steps[index];
+  const auto& shape = plan_.shape;
+  const auto& pipelines = pipelines_[pass.rows][index];
+  const auto read = [&](int i) { return memory_of(step.reads[i], pass, workspace); };
+  const auto written = [&](int i) { return memory_of(step.writes[i], pass, workspace); };
+  const auto buffers = [&](unsigned first, std::initializer_list<Memory> list) {
+    for (const Memory& memory : list)
+      sink.buffer(first++, memory);
+  };
+  sink.pipeline(pipelines.single);
+  switch (step.kind) {
+  case StepKind::embed:
+    bind(0, step.segments[0], sink);
+    buffers(4, {read(0), written(0)});
+    set_args(6, EmbedArgs{uint32_t(shape.hidden_size), uint32_t(shape.vocab_size)}, sink);
+    return sink.dispatch(embed_launch(pass.rows, shape.hidden_size));
+  case StepKind::norm_qkv:
+    return encode_qkv(step, pass, workspace, sink);
+  case StepKind::attention:
+    return encode_attention(step, pipelines, pass, workspace, sink);
+  case StepKind::output:
+  case StepKind::down:
+    bind(0, step.segments[0], sink);
+    buffers(4, {read(0), written(0)});
+    set_args(6, matrix_args(step), sink);
+    return sink.dispatch(residual_launch(shape.hidden_size));
+  case StepKind::norm_gate_up:
+    bind(0, step.segments[0], sink);
+    bind(4, step.segments[1], sink);
+    buffers(8, {memory_.at(step.norm), read(0), written(0)});
+    set_args(11, matrix_args(step), sink);
+    return sink.dispatch(gate_up_launch(shape.intermediate_size));
+  case StepKind::norm_head:
+    bind(0, step.segments[0], sink);
+    buffers(4, {memory_.at(step.norm), read(0), written(0)});
+    set_args(7, matrix_args(step), sink);
+    return sink.dispatch(head_launch(shape.vocab_size));
+  case StepKind::argmax:
+    buffers(0, {read(0), written(0)});
+    set_args(2, ArgmaxArgs{uint32_t(shape.vocab_size)}, sink);
+    return sink.dispatch(argmax_launch(pass.rows));
+  case StepKind::take_hidden:
+  case StepKind::give_hidden:
+    buffers(0, {read(0), written(0)});
+    set_args(2, CopyArgs{uint32_t(pass.rows * shape.hidden_size)}, sink);
+    return sink.dispatch(copy_launch(pass.rows * shape.hidden_size));
+  }
+}
+
+void Encoder::encode_qkv(const Step& step, const Pass& pass, Memory workspace,
+                         CommandSink& sink) const {
+  const auto& shape = plan_.shape;
+  for (unsigned i = 0; i < 3; ++i)
+    bind(4 * i, step.segments[i], sink);
+  sink.buffer(12, memory_.at(step.norm));
+  sink.buffer(13, memory_of(step.reads[0], pass, workspace));
+  sink.buffer(14, memory_of(step.writes[0], pass, workspace));
+  sink.buffer(15, pass.rope);
+  sink.bytes(16, pass.positions, pass.rows * sizeof(int64_t));
+  bind_cache(17, 18, true, pass, sink);
+  set_args(19, QkvArgs{cache_args(step, pass), matrix_args(step), uint32_t(shape.heads)}, sink);
+  sink.dispatch(qkv_launch(shape.heads, shape.kv_heads, shape.head_dim));
+}
+
+void Encoder::encode_attention(const Step& step, const Pipelines& pipelines, const Pass& pass,
+                               Memory workspace, CommandSink& sink) const {
+  const auto& shape = plan_.shape;
+  const int64_t longest = *std::max_element(pass.positions, pass.positions + pass.rows) + 1;
+  const Memory out = memory_of(step.writes[0], pass, workspace);
+  const Memory chunks = workspace.at(chunks_offset_);
+  const bool split = needs_split(longest);
+  const AttentionArgs args{cache_args(step, pass), uint32_t(shape.heads),
+                           uint32_t(chunks_of(longest)), shape.attention_scale};
+  sink.pipeline(split ? pipelines.split : pipelines.single);
+  sink.buffer(0, memory_of(step.reads[0], pass, workspace));
+  sink.bytes(1, pass.positions, pass.rows * sizeof(int64_t));
+  bind_cache(2, 3, false, pass, sink);
+  sink.buffer(4, split ? chunks : out);
+  set_args(5, args, sink);
+  if (!split)
+    return sink.dispatch(attention_launch(pass.rows, shape.heads));
+  sink.dispatch(attention_split_launch(pass.rows, shape.heads, shape.kv_heads, longest));
+
+  sink.barrier();
+  sink.pipeline(pipelines.combine);
+  sink.buffer(0, chunks);
+  sink.bytes(1, pass.positions, pass.rows * sizeof(int64_t));
+  sink.buffer(2, out);
+  set_args(3, args, sink);
+  sink.dispatch(attention_combine_launch(pass.rows, shape.heads));
+}
+
+// Four buffers: weight, scales, biases, bias. Where there is none the weight takes its place, for
+// every buffer that a kernel names must be bound.
+void Encoder::bind(unsigned first, const Segment& segment, CommandSink& sink) const {
+  const void *scales = nullptr, *biases = nullptr, *weight = nullptr;
+  if (const auto* packed = std::get_if<PackedMatrix>(&segment.matrix)) {
+    weight = packed->weight;
+    scales = packed->scales;
+    biases = packed->biases;
+  } else {
+    weight = std::get<DenseMatrix>(segment.matrix).weight;
+  }
+  for (const void* address : {weight, scales, biases, static_cast<const void*>(segment.bias)})
+    sink.buffer(first++, memory_.at(address == nullptr ? weight : address));
+}
+
+void Encoder::bind_cache(unsigned tables, unsigned slabs, bool written, const Pass& pass,
+                         CommandSink& sink) const {
+  sink.buffer(tables, pass.block_tables);
+  sink.bytes(slabs, pass.slabs.data(), pass.slabs.size() * sizeof(Slab));
+  for (const Memory& slab : pass.slab_memory)
+    sink.resident(slab, written);
+}
+
+CacheArgs Encoder::cache_args(const Step& step, const Pass& pass) const {
+  const auto& shape = plan_.shape;
+  return {uint32_t(step.layer),     uint32_t(shape.layers), uint32_t(shape.kv_heads),
+          uint32_t(shape.head_dim), pass.table_stride,      pass.slab_blocks};
+}
+
+MatrixArgs Encoder::matrix_args(const Step& step) const {
+  uint32_t has_bias = 0;
+  for (size_t i = 0; i < step.segments.size(); ++i)
+    has_bias |= uint32_t(step.segments[i].bias != nullptr) << i;
+  const auto& first = step.segments[0];
+  return {uint32_t(first.in_features()), uint32_t(first.out_features()), has_bias,
+          plan_.shape.norm_eps};
+}
+
+Memory Encoder::memory_of(int buffer, const Pass& pass, Memory workspace) const {
+  const auto& name = plan_.buffers[buffer].name;
+  if (!plan_.buffers[buffer].external)
+    return workspace.at(offsets_[buffer]);
+  if (name == "ids" || name == "input")
+    return pass.input;
+  if (name == "logits" || name == "output")
+    return pass.output;
+  if (name == "tokens")
+    return pass.tokens;
+  throw std::logic_error("no pass has a buffer '" + name + "' to bind");
+}
+
+} // namespace q4metal::mps

@@ -1,5 +1,6 @@
-"""Compiles Metal text into a shared object: clang (from the ziglang wheel) for the text, the host's C++
-compiler for the executor. Results are kept by the hash of everything that goes in.
+"""Compiles Metal text into a shared object that is kept by the hash of everything that goes in.
+
+clang (from the ziglang wheel) compiles the text, the host's C++ compiler the executor.
 """
 
 import hashlib
@@ -28,23 +29,28 @@ _MEANING = [
     "-Xclang", "-ffloat16-excess-precision=none", "-Xclang", "-fbfloat16-excess-precision=none",
     "-ffp-contract=on", "-fno-math-errno", "-march=x86-64-v3",
 ]  # fmt: skip
-_CODE = ["-fPIC", "-gline-tables-only", "-fdebug-compilation-dir=.", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"]
+_CODE = [
+    "-fPIC", "-gline-tables-only", "-fdebug-compilation-dir=.", "-fno-exceptions", "-fno-rtti",
+    "-fno-threadsafe-statics",
+]  # fmt: skip
 _WARNINGS = [
-    "-Wno-everything", "-Wimplicit-float-conversion", "-Werror=vec-elem-size", "-Werror=uninitialized",
-    "-Werror=sometimes-uninitialized", "-Werror=return-type", "-Werror=array-bounds",
+    "-Wno-everything", "-Wimplicit-float-conversion", "-Werror=vec-elem-size",
+    "-Werror=uninitialized", "-Werror=sometimes-uninitialized", "-Werror=return-type",
+    "-Werror=array-bounds",
 ]  # fmt: skip
 _SANITIZERS = [
     "-fsanitize=thread,bounds,shift,integer-divide-by-zero,unreachable,return",
     "-fno-sanitize-recover=all",
 ]
-# ThreadSanitizer tells of accesses up to 16 bytes only, so nothing may be vectorized beyond; a read just
-# before a write of the same place would not be told of by default.
+# ThreadSanitizer tells of accesses up to 16 bytes only, so nothing may be vectorized beyond. A read
+# just before a write of the same place would not be told of by default.
 _CHECKED = [
     "-O1", "-fsanitize=thread", "-fno-vectorize", "-fno-slp-vectorize", "-mprefer-vector-width=128",
     "-mllvm", "-tsan-instrument-func-entry-exit=0",
     "-mllvm", "-tsan-instrument-read-before-write=1",
 ]  # fmt: skip
 _RUNTIME_FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall"]
+_KEPT_BUILDS = 400
 _EXECUTOR = ["executor", "dispatch", "faults", "fiber", "symbols"]
 _CHECKER = ["checker", "memory", "hooks"]
 
@@ -54,9 +60,8 @@ class MetalCompileError(ValueError):
 
 
 def cache_folder() -> Path:
-    """Where builds are kept between runs."""
-    chosen = os.environ.get("MSL_CACHE")
-    return Path(chosen) if chosen else Path(tempfile.gettempdir()) / f"msl-{os.getuid()}"
+    """Where builds are kept between runs: ``build/msl`` of the repository, or ``MSL_CACHE``."""
+    return Path(os.environ.get("MSL_CACHE", HERE.parents[1] / "build" / "msl"))
 
 
 def build(
@@ -81,12 +86,21 @@ def build(
             source = f'#include "{HOST}/metal.h"\n' + rewrite(preprocessed)
         except MetalSyntaxError as error:
             raise MetalCompileError(str(error)) from None
+        _prune(folder)
         with (
             ThreadPoolExecutor(1) as beside,
             tempfile.TemporaryDirectory(dir=folder) as scratch,
         ):
             _compile(source, Path(scratch), mode, beside.submit(_runtime, mode), result)
+    result.touch()
     return result
+
+
+def _prune(folder: Path) -> None:
+    """Removes the builds that were not used for longest, so that a year of edits stays small."""
+    kept = sorted(folder.glob("*.so"), key=lambda f: f.stat().st_mtime)
+    for old in kept[:-_KEPT_BUILDS]:
+        old.unlink(missing_ok=True)
 
 
 def _preprocess(text: str, name: str, include_dirs: Sequence[Path], defines: Sequence[str]) -> str:
@@ -141,7 +155,7 @@ def _compile(source: str, scratch: Path, mode: str, runtime: Future[str], result
              "-S", "-emit-llvm", str(code), "-o", str(ir)]
         )  # fmt: skip
         text = ir.read_text()
-        _reject_casts(text)
+        _reject_unseen(text)
         ir.write_text(without_address_spaces(text))
         _run([*_CLANG, *_CHECKED, "-march=x86-64-v3", "-fPIC", "-Wno-everything",
               "-c", str(ir), "-o", str(object_)])  # fmt: skip
@@ -160,18 +174,28 @@ def _reject_narrowing(stderr: str) -> None:
         raise MetalCompileError(f"{found[1]}: {found[2]}; write bfloat(...)")
 
 
-def _reject_casts(ir: str) -> None:
-    """Metal has no cast from one address space to another; clang takes those that the text writes out."""
-    found = re.search(r"= addrspacecast .*!dbg (!\d+)", ir)
-    if not found:
-        return
-    place = _metadata(ir, found[1])
-    scope = place
+def _reject_unseen(ir: str) -> None:
+    """What Metal rejects and clang takes, or what the checker would not see."""
+    problems = {
+        # Written out; clang rejects the implicit ones.
+        r"= addrspacecast ": "a cast from one address space to another",
+        # ThreadSanitizer has no hook for them.
+        r"(?:load|store) <[34] x i64>.*addrspace\(\d\)": "the check build can't watch long3, long4",
+    }
+    for pattern, problem in problems.items():
+        found = re.search(rf"{pattern}.*!dbg (!\d+)", ir)
+        if found:
+            raise MetalCompileError(f"{_place(ir, found[1])}: {problem}")
+
+
+def _place(ir: str, number: str) -> str:
+    """``file:line`` of the debug location ``number``."""
+    location = scope = _metadata(ir, number)
     while "file: " not in scope:
         scope = _metadata(ir, re.findall(r"scope: (!\d+)", scope)[0])
     file = re.findall(r'filename: "(.*?)"', _metadata(ir, re.findall(r"file: (!\d+)", scope)[0]))
-    line = re.findall(r"line: (\d+)", place)
-    raise MetalCompileError(f"{file[0]}:{line[0]}: a cast from one address space to another")
+    line = re.findall(r"line: (\d+)", location)
+    return f"{file[0]}:{line[0]}"
 
 
 def _metadata(ir: str, number: str) -> str:
@@ -196,7 +220,7 @@ def _runtime(mode: str) -> str:
 
 
 def without_address_spaces(ir: str) -> str:
-    """LLVM IR whose pointers are all of the default address space: ThreadSanitizer skips the others."""
+    """LLVM IR with the default address space only: ThreadSanitizer skips the others."""
     ir = re.sub(r"addrspace\([123]\) ?", "", ir)
     ir = re.sub(r"addrspacecast \(ptr ([^()]*?) to ptr\)", r"\1", ir)
     ir = re.sub(r"(%[\w.]+) = addrspacecast ptr (\S+) to ptr", r"\1 = bitcast ptr \2 to ptr", ir)

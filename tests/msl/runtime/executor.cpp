@@ -226,10 +226,12 @@ void Executor::run_threadgroup(const uint32_t at[3], const uint32_t grid[3],
   schedule();
   if constexpr (kChecks)
     checker::begin_threadgroup();
-  for (uint32_t i = 0; i < dispatch->threadgroup_bytes_count && i < kThreadgroupArguments; i++) {
-    std::string name = "threadgroup(" + std::to_string(i) + ")";
-    uint32_t bytes = dispatch->threadgroup_bytes[i];
-    arguments[i] = bytes ? allocate(&keys[i], bytes, 16, name.c_str()) : nullptr;
+  for (uint32_t i = 0; i < kThreadgroupArguments; i++) {
+    arguments[i] = nullptr;
+    if (i >= dispatch->threadgroup_bytes_count || dispatch->threadgroup_bytes[i] == 0)
+      continue;
+    const std::string name = "threadgroup(" + std::to_string(i) + ")";
+    arguments[i] = allocate(&keys[i], dispatch->threadgroup_bytes[i], 16, name.c_str());
   }
   in_fibers = true;
   switch_from(&main_stack, order[0]);

@@ -36,7 +36,7 @@ class Token:
 
 
 def lex(text: str) -> Iterator[Token]:
-    """The tokens of ``text``, the output of a preprocessor (no comments, ``# line "file"`` markers)."""
+    """The tokens of preprocessed ``text``: no comments, lines by ``# line "file"`` markers."""
     file, line = "<text>", 1
     for match in _TOKEN.finditer(text):
         kind, value = str(match.lastgroup), match.group()
@@ -172,7 +172,7 @@ class Tokens(list[Token]):
                 token.kind, token.text = "space", "\n" * token.text.count("\n")
 
     def closing_statement(self, i: int) -> int:
-        """The position of the ``;`` that ends the statement at ``i``; ``len(self)`` if none does."""
+        """The position of the ``;`` that ends the statement at ``i``, or ``len(self)``."""
         while i < len(self) and self[i].text != ";":
             i = self.closing(i) + 1 if self[i].text in _CLOSING else i + 1
         return i

@@ -15,7 +15,7 @@ _PREFERRED_ALIGNMENT = 256
 
 
 class MetalRunError(RuntimeError):
-    """A dispatch failed or the check build found a fault in the kernel: one line, kernel name first."""
+    """A dispatch failed, or the check build found a fault: one line, the kernel's name first."""
 
 
 class _Buffer(ctypes.Structure):
@@ -67,14 +67,14 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Unwritten:
-    """An array whose content means nothing before the kernel writes it (check build: reads are errors)."""
+    """An array whose content means nothing yet: in the check build reading it is an error."""
 
     array: np.ndarray
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a dispatch did. ``read`` and ``written`` (check build only): byte ranges by buffer number."""
+    """What a dispatch did. ``read``, ``written`` (check build): byte ranges by buffer number."""
 
     switches: int
     barriers: int
@@ -94,8 +94,8 @@ def compile(
 ) -> "Library":
     """Compiles .metal files (paths) or Metal text (a string with a line break) into a ``Library``.
 
-    ``mode``: "typed" runs fast and has Metal's type errors; "check" also watches every access. Raises
-    MetalCompileError.
+    ``mode``: "typed" runs fast and has Metal's type errors; "check" also watches every access.
+    Raises MetalCompileError.
     """
     sources = [source] if isinstance(source, str | Path) else list(source)
     text, name = "", ""
@@ -112,7 +112,7 @@ def compile(
 
 
 class Library:
-    """The kernels of one build. ``path`` is the shared object, for programs that use the C interface."""
+    """The kernels of one build. ``path``: the shared object, for users of the C interface."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -161,12 +161,13 @@ class Library:
     ) -> Run:
         """Runs ``kernel`` to its end on the memory of ``buffers``, which it changes in place.
 
-        ``buffers``: by number, or a mapping from number or parameter name. Each is a contiguous array, a
-        pair (array, first element), ``Unwritten(array)``, ``bytes`` (as setBytes), a number where the
-        kernel has a reference, or None (not bound). The grid is ``threadgroups`` or, as dispatchThreads
-        counts it, ``threads``. ``constants``: function constants by number or name; a Python bool, int or
-        float is passed as bool, int or float, and a numpy scalar as what it is. ``order``: "forward",
-        "reverse" or "shuffled" (by ``seed``). Raises MetalRunError, KeyError for an unknown kernel.
+        ``buffers``: by number, or a mapping from number or parameter name. Each is a contiguous
+        array, a pair (array, first element), ``Unwritten(array)``, ``bytes`` (as setBytes), a
+        number where the kernel has a reference, or None (not bound). The grid is ``threadgroups``
+        or, as dispatchThreads counts it, ``threads``. ``constants``: function constants by number
+        or name; a Python bool, int or float is passed as that, a numpy scalar as what it is.
+        ``order``: "forward", "reverse" or "shuffled" (by ``seed``). Raises MetalRunError, and
+        KeyError for an unknown kernel.
         """
         known = self.parameters[kernel]
         group = _three(threads_per_threadgroup)
@@ -181,10 +182,11 @@ class Library:
         values = [self._constant(k, v, keep) for k, v in (constants or {}).items()]
         dispatch = _Dispatch(
             kernel=kernel.encode(), threads=(ctypes.c_uint32 * 3)(*grid),
-            threads_per_threadgroup=(ctypes.c_uint32 * 3)(*group), buffers=bound, buffer_count=count,
+            threads_per_threadgroup=(ctypes.c_uint32 * 3)(*group),
+            buffers=bound, buffer_count=count,
             resident=extra, resident_count=len(resident),
             constants=(_Constant * max(len(values), 1))(*values), constant_count=len(values),
-            threadgroup_bytes=(ctypes.c_uint32 * max(len(threadgroup_bytes), 1))(*threadgroup_bytes),
+            threadgroup_bytes=(ctypes.c_uint32 * 8)(*threadgroup_bytes[:8]),
             threadgroup_bytes_count=len(threadgroup_bytes), order=_ORDERS[order], seed=seed,
         )  # fmt: skip
         if self._library.msl_run(ctypes.byref(dispatch)):
@@ -235,9 +237,10 @@ def _three(size: int | Sequence[int]) -> list[int]:
 
 
 _SCALARS = {
-    "float": np.float32, "half": np.float16, "int": np.int32, "int32_t": np.int32, "uint": np.uint32,
-    "uint32_t": np.uint32, "bool": np.bool_, "long": np.int64, "int64_t": np.int64,
-    "ulong": np.uint64, "uint64_t": np.uint64, "ushort": np.uint16, "short": np.int16, "uchar": np.uint8,
+    "float": np.float32, "half": np.float16, "int": np.int32, "int32_t": np.int32,
+    "uint": np.uint32, "uint32_t": np.uint32, "bool": np.bool_, "long": np.int64,
+    "int64_t": np.int64, "ulong": np.uint64, "uint64_t": np.uint64, "ushort": np.uint16,
+    "short": np.int16, "uchar": np.uint8,
 }  # fmt: skip
 
 

@@ -15,10 +15,11 @@ _FORBIDDEN = {
     "printf": "",
     "thread_elements": " that a program may rely on: a device places them as it likes",
 }
-_SCALARS = (
-    "void bool char uchar short ushort int uint long ulong half bfloat float unsigned signed size_t "
-    "ptrdiff_t int8_t uint8_t int16_t uint16_t int32_t uint32_t int64_t uint64_t"
-).split()
+_SCALARS = {
+    "void", "bool", "char", "uchar", "short", "ushort", "int", "uint", "long", "ulong", "half",
+    "bfloat", "float", "unsigned", "signed", "size_t", "ptrdiff_t", "int8_t", "uint8_t", "int16_t",
+    "uint16_t", "int32_t", "uint32_t", "int64_t", "uint64_t",
+}  # fmt: skip
 _VECTOR = re.compile(
     r"(packed_)?(char|uchar|short|ushort|int|uint|long|ulong|half|bfloat|float|bool)[234]$"
 )
@@ -34,8 +35,8 @@ _CONTROL = {
     "decltype",
 }
 _NO_VARIABLE = {
-    "using", "typedef", "template", "struct", "class", "enum", "union", "namespace", "static_assert",
-    "extern", "friend",
+    "using", "typedef", "template", "struct", "class", "enum", "union", "namespace",
+    "static_assert", "extern", "friend",
 }  # fmt: skip
 
 
@@ -106,10 +107,8 @@ class _Lint:
         t = self.tokens
         previous = t[t.before(i)]
         subscript = (
-            previous.kind in ("name", "number")
-            and previous.text != "return"
-            or previous.text in (")", "]")
-        )
+            previous.kind in ("name", "number") and previous.text != "return"
+        ) or previous.text in (")", "]")
         return not subscript and t.at(t.after(t.closing(i))) in ("(", "{", "->")
 
     def _type_names(self) -> None:
@@ -168,8 +167,7 @@ class _Lint:
         if (
             not words
             or words[0] in _NO_VARIABLE
-            or self._inside_struct(first)
-            and "static" not in words
+            or (self._inside_struct(first) and "static" not in words)
         ):
             return
         assigned = next((i for i in range(first, end) if t.at(i) == "="), end)
@@ -235,7 +233,7 @@ class _Lint:
         return words
 
     def _declares(self, i: int, star: int) -> bool:
-        """Whether the type at ``i`` is next to the mark: with a name between it is a variable's product."""
+        """Whether only qualifiers stand between the type at ``i`` and the mark ``*`` or ``&``."""
         t, j = self.tokens, self.tokens.after(i)
         if t.at(j) == "<":
             j = t.after(t.closing_angle(j))

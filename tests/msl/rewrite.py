@@ -1,8 +1,8 @@
 """Rewrites preprocessed Metal text to the C++ that clang compiles against ``host/metal.h``.
 
-Only what C++ has no form for is touched: kernels and their arguments, explicit instantiations with a
-``host_name``, ``threadgroup`` variables, vector constructors and casts, function constants. Lines stay
-where they are.
+Only what C++ has no form for is touched: kernels and their arguments, explicit instantiations with
+a ``host_name``, ``threadgroup`` variables, vector constructors and casts, function constants. Lines
+stay where they are.
 """
 
 import re
@@ -27,10 +27,15 @@ class Argument:
     index: str
     guard: str  # the function constant that says whether it is bound
 
+    @property
+    def name(self) -> str:
+        """The last word of the declaration."""
+        return str(re.findall(r"\w+", self.declaration)[-1])
+
 
 @dataclass
 class Kernel:
-    """A kernel function. ``hosts``: (host name, C++ expression) for each that a host can ask for."""
+    """A kernel function. ``hosts``: (host name, C++ expression) of what a host can ask for."""
 
     name: str
     arguments: list[Argument]
@@ -183,11 +188,11 @@ class _Rewriter:
         return [n for n, c in enumerate(self.constants) if c.name in found]
 
     def _function_constants(self) -> None:
-        """Function constants become variables, and constants that follow from them are computed anew."""
+        """Function constants become variables; constants that follow from them are set anew."""
         t, changing, i = self.tokens, set(), -1
         while i + 1 < len(t):
             i += 1
-            if t.at(i) == "(" or t.at(i) == "{" and not t.opens_namespace(i):
+            if t.at(i) == "(" or (t.at(i) == "{" and not t.opens_namespace(i)):
                 i = t.closing(i)
             if t.at(i) != "constant":
                 continue
@@ -271,7 +276,7 @@ class _Rewriter:
         return names
 
     def _constructors(self) -> None:
-        """``float4(...)``, ``(float4)x`` and ``static_cast<float4>(x)`` for whatever may be a vector."""
+        """``float4(...)``, ``(float4)x``, ``static_cast<float4>(x)`` of what may be a vector."""
         t, aliases = self.tokens, self._vector_names()
         for i in range(len(t)):
             token = t[i]
@@ -310,11 +315,9 @@ class _Rewriter:
                 self._replace(t.after(qualifier), end + 1, f"::msl::make<{type_}>")
         elif t.at(following) == ")" and t.at(qualifier) == "(":
             outer, operand = t.before(qualifier), t.after(following)
-            is_cast = (
-                t[outer].kind == "mark"
-                and t.at(outer) not in (")", "]", ">")
-                or t.at(outer) == "return"
-            )
+            is_cast = (t[outer].kind == "mark" and t.at(outer) not in (")", "]", ">")) or t.at(
+                outer
+            ) == "return"
             starts = t[operand].kind in ("name", "number") or t.at(operand) in ("(", "-", "~")
             if is_cast and starts and t.at(operand) not in _SPACES:
                 self._replace(qualifier, following + 1, f"::msl::Cast<{type_}>{{}} ->* ")
@@ -323,7 +326,8 @@ class _Rewriter:
         return "\n".join(['# 1 "<tables>"', *self._kernel_table(), *self._constant_table(), ""])
 
     def _kernel_table(self) -> list[str]:
-        lines, entries = [], []
+        lines: list[str] = []
+        entries: list[str] = []
         for kernel in self.kernels.values():
             for host, expression in kernel.hosts:
                 n = len(entries)
@@ -333,15 +337,14 @@ class _Rewriter:
                     f"static void msl_thread_{n}() {{ {expression}({call}); }}"
                 )
                 rows = [
-                    f'{{"{re.findall(r"[A-Za-z_0-9]+", a.declaration)[-1]}", "{a.declaration}", {a.index}, '
+                    f'{{"{a.name}", "{a.declaration}", {a.index}, '
                     f"::msl::parameter_is_const<{i}>({expression}), "
                     f"::msl::parameter_size<{i}>({expression}), {int(bool(a.guard))}}}"
                     for i, a in enumerate(kernel.arguments)
                     if a.attribute == "buffer"
                 ]
-                lines.append(
-                    f"static const msl_parameter msl_parameters_{n}[] = {{{', '.join(rows) or '{}'}}};"
-                )
+                table = ", ".join(rows) or "{}"
+                lines.append(f"static const msl_parameter msl_parameters_{n}[] = {{{table}}};")
                 used = ", ".join(map(str, self._used_constants(kernel)))
                 lines.append(f"static const msl_u32 msl_uses_{n}[] = {{{used or 0}}};")
                 entries.append(
@@ -366,7 +369,8 @@ class _Rewriter:
         return [
             f'extern "C" const msl_constant_entry msl_constants[] = {{{", ".join(rows) or "{}"}}};',
             f'extern "C" const msl_u32 msl_constants_count = {len(rows)};',
-            f'extern "C" __attribute__((no_sanitize("thread"))) void msl_derive_constants() {{ {body} }}',
+            '__attribute__((no_sanitize("thread"))) '
+            f'extern "C" void msl_derive_constants() {{ {body} }}',
         ]
 
 

@@ -1,6 +1,7 @@
-"""Every class of fault that the check build promises to find, planted into kernels of samples/planted.metal."""
+"""Each class of fault that the check build finds, planted in samples/planted.metal."""
 
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def run(library: Library, kernel: str, rows: int, n: int, k: int, order: str) ->
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("library", [typed, checked])
-def test_kernels_without_fault_pass(library, order: str) -> None:
+def test_kernels_without_fault_pass(library: Callable[[], Library], order: str) -> None:
     for kernel, rows, n, k in [("matvec_0", 3, 97, 192), ("matmul_0", 33, 100, 128)]:
         error, _ = run(library(), kernel, rows, n, k, order)
         assert error < 1e-3

@@ -3,6 +3,7 @@
 import itertools
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,7 +73,8 @@ def test_simdgroup_and_quad_operations(mode: str, order: str) -> None:
             9: v.cumsum(), 10: v.cumsum() - v, 11: 1 + 2 * int(v.max() > 90) + 4 * first,
             12: int(((v > 50)[:16] << np.arange(16)).sum()), 13: quads.sum(1).repeat(4),
             14: v[lane ^ 1], 15: quads[:, 2].repeat(4), 16: np.roll(v, -5),
-            17: np.bitwise_and.reduce(v | 3) + np.bitwise_or.reduce(v & 12) + np.bitwise_xor.reduce(v),
+            17: np.bitwise_and.reduce(v | 3) + np.bitwise_or.reduce(v & 12)
+            + np.bitwise_xor.reduce(v),
             18: v.sum(), 19: 2, 20: 32, 21: v, 22: quads.max(1).repeat(4), 23: np.roll(v, 5),
         }  # fmt: skip
         for column, values in expected.items():
@@ -85,8 +87,8 @@ def test_simdgroup_and_quad_operations(mode: str, order: str) -> None:
 def test_simdgroup_matrices(mode: str, order: str, kind: str) -> None:
     random = np.random.default_rng(2)
     a, b = random.integers(-4, 5, (9, 16)), random.integers(-4, 5, (8, 8))
-    store = {"float": np.float32, "half": np.float16, "bfloat": to_bfloat}[kind]
-    buffers = [store(a.astype(np.float32)), store(b.astype(np.float32))]
+    kinds = {"float": np.float32, "half": np.float16}
+    buffers = [x.astype(kinds[kind]) if kind in kinds else to_bfloat(x) for x in (a, b)]
     out = np.zeros(64 + 128, np.float32)
     compiled(mode).run(f"matrices_{kind}", 1, 32, [*buffers, out], order=order)
     used = a[1:9, 8:16]
@@ -121,15 +123,16 @@ def test_threadgroup_argument(mode: str, order: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_function_constants(mode: str) -> None:
     out, bias = np.zeros(4, np.float32), np.array([9], np.float32)
-    values = {"kWidth": np.uint32(64), 1: True}
+    values: dict[int | str, Any] = {"kWidth": np.uint32(64), 1: True}
     compiled(mode).run("constants", 1, 1, {0: out, "factor": 0.25}, constants=values)
     assert out.tolist() == [64, 0.25, -1, 129.5]
     values |= {"kHasBias": True, "kScaled": False}
     del values[1]
-    buffers = {"out": out, "bias": bias, "factor": 0.25}
+    buffers: dict[int | str, Any] = {"out": out, "bias": bias, "factor": 0.25}
     compiled(mode).run("constants", 1, 1, buffers, constants=values)
     assert out.tolist() == [64, 1, 9, 129.5]
-    with pytest.raises(MetalRunError, match=r"^constants: function constant 1 'kScaled' is not set$"):
+    message = r"^constants: function constant 1 'kScaled' is not set$"
+    with pytest.raises(MetalRunError, match=message):
         compiled(mode).run("constants", 1, 1, buffers, constants={0: np.uint32(1)})
     with pytest.raises(MetalRunError, match="function constant 0 'kWidth' has 4 bytes, got 8"):
         compiled(mode).run("constants", 1, 1, buffers, constants={0: np.uint64(1), 1: True})
@@ -152,5 +155,5 @@ def test_threadgroup_memory_starts_as_nan() -> None:
     out = np.zeros(1, np.float32)
     compiled("typed").run("unset", 1, 1, [out])
     assert np.isnan(out[0])
-    with pytest.raises(MetalRunError, match="never written: .* of threadgroup 'never'"):
+    with pytest.raises(MetalRunError, match=r"never written: .* of threadgroup 'never'"):
         compiled("check").run("unset", 1, 1, [out])

@@ -1,4 +1,4 @@
-"""What C++ accepts and Metal doesn't is rejected, by the lint or by the types, with file and line."""
+"""What C++ accepts and Metal doesn't is rejected with file and line: by the lint, by the types."""
 
 import pytest
 
@@ -6,11 +6,20 @@ from .build import MetalCompileError
 from .library import compile
 from .lint import lint
 
-KERNEL = "kernel void k(device float* y [[buffer(0)]], uint i [[thread_position_in_grid]]) {{ {} }}\n"
+KERNEL = """
+kernel void k(device float* y [[buffer(0)]], uint i [[thread_position_in_grid]]) {{ {} }}
+"""
 
 
 def body(text: str) -> str:
-    return "\n" + KERNEL.format(text)
+    return KERNEL.format(text)
+
+
+OUTSIDE = "a variable outside of functions has to be in 'constant'"
+
+
+def pointer(kind: str) -> str:
+    return f"a pointer or reference to '{kind}' without address space"
 
 
 REJECTED = [
@@ -23,23 +32,23 @@ REJECTED = [
     (body("static float kept = 0; y[i] = kept++;"), "a static variable has to be in 'constant'"),
     (body("try { y[i] = 1; } catch (int) {}"), "Metal has no 'try': there are no exceptions"),
     (body("long long big = 1;"), "Metal has no 'long long'"),
-    (body("constant char* s = \"text\";"), "Metal has no strings"),
-    (body("float* p = nullptr;"), "a pointer or reference to 'float' without address space"),
-    (body("float4 v = 1; float4& r = v;"), "a pointer or reference to 'float4' without address space"),
-    (body("float x = 0; const float *p = (thread float*)&x;"), "a pointer or reference to 'float'"),
+    (body('constant char* s = "text";'), "Metal has no strings"),
+    (body("float* p = nullptr;"), pointer("float")),
+    (body("float4 v = 1; float4& r = v;"), pointer("float4")),
+    (body("float x = 0; const float *p = (thread float*)&x;"), pointer("float")),
     (body("threadgroup float t[4] = {0};"), "a threadgroup variable can't have an initial value"),
     (body("simdgroup_float8x8 m; m.thread_elements();"), "Metal has no 'thread_elements' that"),
-    ("\nfloat scale = 2;" + body(""), "a variable outside of functions has to be in 'constant'"),
-    ("\nconstexpr uint kWidth = 2;" + body(""), "a variable outside of functions has to be in 'constant'"),
-    ("\nnamespace n { static int count; }" + body(""), "a variable outside of functions has to be in"),
-    ("\nfloat table[2] = {1, 2};" + body(""), "a variable outside of functions has to be in 'constant'"),
-    ("\nstruct S { float x; float* next; };" + body(""), "a pointer or reference to 'float' without"),
-    ("\nfloat f(float* p) { return *p; }" + body(""), "a pointer or reference to 'float' without"),
-    ("\nstruct S { int a; };\nint f(S& s) { return s.a; }" + body(""), "a pointer or reference to 'S'"),
-    ("\nusing F = float;\nF f(const F& x) { return x; }" + body(""), "a pointer or reference to 'F'"),
+    ("\nfloat scale = 2;" + body(""), OUTSIDE),
+    ("\nconstexpr uint kWidth = 2;" + body(""), OUTSIDE),
+    ("\nnamespace n { static int count; }" + body(""), OUTSIDE),
+    ("\nfloat table[2] = {1, 2};" + body(""), OUTSIDE),
+    ("\nstruct S { float x; float* next; };" + body(""), pointer("float")),
+    ("\nfloat f(float* p) { return *p; }" + body(""), pointer("float")),
+    ("\nstruct S { int a; };\nint f(S& s) { return s.a; }" + body(""), pointer("S")),
+    ("\nusing F = float;\nF f(const F& x) { return x; }" + body(""), pointer("F")),
     (
         "\ntemplate <typename T> T f(T* p) { return *p; }" + body(""),
-        "a pointer or reference to 'T' without address space",
+        pointer("T"),
     ),
     (
         "\nkernel void k(device float* const* p [[buffer(0)]]) {}\n",
@@ -83,7 +92,8 @@ template <int n> int power() { return n ? 2 * power<n - 1>() : 1; }
 template <> int power<0>() { return 1; }
 float area(const thread float4& v, float4 other) { return v.x * other.x; }
 device float* next(device float* p, int n) { return p + n; }
-template <typename T> device typename Kind<T>::type* as(device typename Kind<T>::type* p) { return p; }
+template <typename T>
+device typename Kind<T>::type* as(device typename Kind<T>::type* p) { return p; }
 kernel void k(device float* y [[buffer(0)]], constant Args& args [[buffer(1)]],
               threadgroup float* room [[threadgroup(0)]], uint i [[thread_position_in_grid]]) {
   threadgroup float shared[kWidth];
@@ -112,7 +122,7 @@ TYPE_ERRORS = [
     ("thread float* p = y;", "cannot initialize a variable of type 'float *'"),
     ("constant uint* p = &n; device const uint* q = p;", "cannot initialize a variable of type"),
     ("float z = y[0]; y[i] = *(device float*)&z;", "a cast from one address space to another"),
-    ("device const uint* q = (device const uint*)&n; y[i] = q[0];", "a cast from one address space"),
+    ("device const uint* q = (device const uint*)&n; y[i] = q[0];", "a cast from one address"),
     ("n = 3;", "cannot assign to variable 'n' with const-qualified type"),
     ("x[0] = 0.0h;", "read-only variable is not assignable"),
     ("half4 v = float4(1);", "cannot initialize a variable of type 'half4'"),
@@ -130,7 +140,8 @@ TYPE_ERRORS = [
 
 @pytest.mark.parametrize(("text", "message"), TYPE_ERRORS, ids=[t for t, _ in TYPE_ERRORS])
 def test_type_error_names_the_line(text: str, message: str) -> None:
-    source = f"#include <metal_stdlib>\nusing namespace metal;\nkernel void k({PARAMETERS}) {{\n{text}\n}}\n"
+    head = "#include <metal_stdlib>\nusing namespace metal;\n"
+    source = f"{head}kernel void k({PARAMETERS}) {{\n{text}\n}}\n"
     with pytest.raises(MetalCompileError) as error:
         compile(source, "check" if "cast" in message else "typed")
     assert message in str(error.value)

@@ -27,7 +27,9 @@ kernel void shift(device float* a [[buffer(0)]], device const float* b [[buffer(
 kernel void far(device ulong* address [[buffer(0)]], device float* y [[buffer(1)]]) {
   y[0] = *(device float*)address[0];
 }
-kernel void vector(device const float4* x [[buffer(0)]], device float4* y [[buffer(1)]]) { y[0] = x[0]; }
+kernel void vector(device const float4* x [[buffer(0)]], device float4* y [[buffer(1)]]) {
+  y[0] = x[0];
+}
 kernel void divide(device int* x [[buffer(0)]]) { x[0] = x[0] / x[1]; }
 kernel void deep(device int* x [[buffer(0)]]) {
   volatile char room[400000];
@@ -76,7 +78,8 @@ def test_overlapping_buffers_race_as_the_memory_they_are() -> None:
 
 def test_neighbours_in_one_allocation_are_apart() -> None:
     x, y = np.ones(64, np.float32), np.zeros(32, np.float32)
-    with pytest.raises(MetalRunError, match=r"read of 4 bytes at byte 128 of buffer\(0\) 'x', which has 128"):
+    message = r"read of 4 bytes at byte 128 of buffer\(0\) 'x', which has 128"
+    with pytest.raises(MetalRunError, match=message):
         compiled("check").run("scale", 2, 32, [x[:32], Unwritten(x[32:]), arguments(64, 1)])
     compiled("check").run("scale", 2, 32, [x[:32], y, arguments(32, 1)])
 
@@ -90,7 +93,8 @@ def test_what_is_written_comes_back_and_nothing_else() -> None:
 def test_an_array_that_is_not_writeable_must_not_be_written() -> None:
     x, y = np.ones(8, np.float32), np.zeros(8, np.float32)
     y.flags.writeable = False
-    with pytest.raises(MetalRunError, match=r"declares const: write of 4 bytes at byte 0 of buffer\(1\)"):
+    message = r"declares const: write of 4 bytes at byte 0 of buffer\(1\)"
+    with pytest.raises(MetalRunError, match=message):
         compiled("check").run("scale", 1, 8, [x, y, arguments(8, 3)])
 
 
@@ -109,7 +113,7 @@ REFUSED = [
     ({"args": b"1234"}, "scale: buffer(2) 'args' has 4 bytes, its type needs 8"),
     ({"extra": 4}, "scale: buffer(4) is bound, the kernel has no such parameter"),
     ({"threadgroup_bytes": [20]}, "threadgroup(0) of 20 bytes; Metal wants a multiple of 16"),
-    ({"threadgroup_bytes": [32768, 16]}, "threadgroup arguments of 32784 bytes, the limit is 32768"),
+    ({"threadgroup_bytes": [32768, 16]}, "threadgroup arguments of 32784 bytes, the limit is"),
     ({"constants": {3: True}}, "scale: function constant 3 does not exist in the library"),
 ]
 
@@ -135,11 +139,12 @@ def test_a_crash_is_an_error_and_not_the_end() -> None:
     library = compiled("typed")
     y = np.zeros(8, np.float32)
     for address in (0, 16, 1 << 46):
-        with pytest.raises(MetalRunError, match=r"^far: access to memory that is not there.*text.metal:15"):
+        message = r"^far: access to memory that is not there.*text.metal:15"
+        with pytest.raises(MetalRunError, match=message):
             library.run("far", 1, 1, [np.array([address], np.uint64), y])
-    with pytest.raises(MetalRunError, match=r"^vector: .* a misaligned vector.*text.metal:17"):
+    with pytest.raises(MetalRunError, match=r"^vector: .* a misaligned vector.*text.metal:18"):
         library.run("vector", 1, 1, [(y, 1), y[:4].copy()])
-    with pytest.raises(MetalRunError, match=r"^divide: integer division by zero.*text.metal:18"):
+    with pytest.raises(MetalRunError, match=r"^divide: integer division by zero.*text.metal:20"):
         library.run("divide", 1, 1, [np.zeros(2, np.int32)])
     with pytest.raises(MetalRunError, match=r"^deep: access to memory that is not there"):
         library.run("deep", 1, 1, [np.zeros(3, np.int32)])
@@ -164,8 +169,8 @@ def test_a_build_is_kept_and_follows_its_includes(tmp_path: Path) -> None:
     kernel = tmp_path / "k.metal"
     kernel.write_text('#include "factor.h"\nkernel void k(device int* x) { x[0] = FACTOR; }\n')
     first = compile(kernel)
-    stamp = first.path.stat().st_mtime_ns
-    assert compile(kernel).path.stat().st_mtime_ns == stamp
+    node = first.path.stat().st_ino
+    assert compile(kernel).path.stat().st_ino == node
     (tmp_path / "factor.h").write_text("#define FACTOR 3\n")
     second = compile(kernel)
     assert second.path != first.path
@@ -220,7 +225,8 @@ def test_c_interface(tmp_path: Path) -> None:
     lines = result.stdout.split("\n")
     assert lines[0] == "3 117 0-160 constant Args& args 1"
     assert lines[1].startswith(
-        "scale: out of bounds: read of 4 bytes at byte 160 of buffer(0) 'x', which has 160 at text.metal:7"
+        "scale: out of bounds: read of 4 bytes at byte 160 of buffer(0) 'x', which has 160 at "
+        "text.metal:7"
     )
 
 

@@ -30,7 +30,7 @@ struct msl_kernel_entry {
   void (*run)(); // one thread, from the current context
   const msl_parameter* parameters;
   msl_u32 parameter_count;
-  const msl_u32* constants;  // numbers in msl_constants of those that it or what it calls mentions
+  const msl_u32* constants; // numbers in msl_constants of those that it or what it calls mentions
   msl_u32 constant_count;
 };
 

@@ -81,7 +81,8 @@ std::string set_constants(const msl_dispatch& d, const msl_kernel_entry& kernel)
       return name + " does not exist in the library";
   }
   for (uint32_t i = 0; i < msl_constants_count; i++)
-    if (!*msl_constants[i].defined) memset(msl_constants[i].value, 0, msl_constants[i].size);
+    if (!*msl_constants[i].defined)
+      memset(msl_constants[i].value, 0, msl_constants[i].size);
   for (uint32_t k = 0; k < kernel.constant_count; k++) {
     const msl_constant_entry& c = msl_constants[kernel.constants[k]];
     if (c.required && !*c.defined)

@@ -13,7 +13,7 @@ namespace {
 alignas(16) char signal_stack[64 * 1024]; // a fiber that overran its own stack has none left
 uint64_t fault_address, fault_pc;
 int fault_signal;
-pthread_t thread;  // that runs the dispatch
+pthread_t thread; // that runs the dispatch
 
 [[noreturn]] void leave() {
   const char* what = fault_signal == SIGFPE ? "integer division by zero"

@@ -1,5 +1,7 @@
 # make chat   sets everything up in .venv, fetches the built-in model, opens the chat
 # make test   the same, then all tests        make lint    style and types
+# make test-long     slow tests: every instruction set, sanitizers
+# make test-system   tests that need Debian packages, which it installs: NEON kernels under qemu
 # make test-macos-link   compiles and links the extension for Apple silicon, on any machine
 # make clean  removes what make made here
 # Works with GNU make 3.81 (macOS) and any POSIX shell. Everything but an answer goes to stderr.
@@ -8,6 +10,8 @@ SHELL = /bin/sh
 VENV = .venv
 PY = $(VENV)/bin/python
 SETUP = PYTHON="$(PYTHON)" VENV="$(VENV)" sh scripts/setup.sh
+SYSTEM_PACKAGES = qemu-user
+CXX_FILES = $$(find csrc tests/kernels tests/sanitizer -name '*.cpp' -o -name '*.h')
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 # A prompt is passed on through the environment and as it is, so quotes and dollar signs survive.
@@ -15,7 +19,7 @@ override PROMPT := $(value PROMPT)
 override MODEL := $(value MODEL)
 export PROMPT MODEL
 
-.PHONY: chat test test-macos-link lint format clean
+.PHONY: chat test test-long test-system test-macos-link lint format clean
 
 chat: $(VENV)/.package $(if $(value MODEL),,$(VENV)/.model)
 	@set -- ; \
@@ -26,6 +30,13 @@ chat: $(VENV)/.package $(if $(value MODEL),,$(VENV)/.model)
 test: $(VENV)/.package $(VENV)/.model $(VENV)/.dev
 	$(PY) -m pytest
 
+test-long: $(VENV)/.package $(VENV)/.model $(VENV)/.dev
+	$(PY) -m pytest tests/long
+
+test-system: $(VENV)/.package $(VENV)/.model $(VENV)/.dev
+	@sh scripts/system.sh $(SYSTEM_PACKAGES) >&2
+	$(PY) -m pytest tests/system
+
 test-macos-link: $(VENV)/.package $(VENV)/.dev
 	$(PY) tests/macos/link.py
 
@@ -33,13 +44,13 @@ lint: $(VENV)/.package $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc -name '*.cpp' -o -name '*.h')
-	$(VENV)/bin/codespell README.md CHANGELOG.md CONTRIBUTING.md csrc torch_q4metal tests examples scripts
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+	$(VENV)/bin/codespell README.md CHANGELOG.md CONTRIBUTING.md csrc torch_q4metal tests examples scripts benchmarks
 
 format: $(VENV)/.dev
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h')
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
 clean:
 	rm -rf $(VENV) build torch_q4metal.egg-info torch_q4metal/_build.json torch_q4metal/_C.*.so

@@ -1,6 +1,10 @@
-"""Shared settings: the same random tensors and examples in every run, and no network."""
+"""Shared settings: the same random tensors and examples in every run, and no network.
+
+tests/long and tests/system run only where they are named: ``pytest tests/long``.
+"""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -20,3 +24,22 @@ hypothesis.settings.load_profile("tests")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+SLOW_FOLDERS = [Path(__file__).with_name(name) for name in ("long", "system")]
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if collection_path not in SLOW_FOLDERS:
+        return None
+    named = [Path(argument.split("::")[0]).resolve() for argument in config.args]
+    if any(path == collection_path or collection_path in path.parents for path in named):
+        return None
+    return True
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(folder in item.path.parents for folder in SLOW_FOLDERS):
+            item.add_marker(pytest.mark.long)
+            item.add_marker(pytest.mark.timeout(1800))

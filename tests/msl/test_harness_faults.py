@@ -21,7 +21,7 @@ def checked() -> Library:
 
 @cache
 def typed() -> Library:
-    return compile(SAMPLE)
+    return compile(SAMPLE, defines=["WITHOUT_FAULTS"])
 
 
 def operands(rows: int, n: int, k: int) -> tuple[list[np.ndarray], np.ndarray]:

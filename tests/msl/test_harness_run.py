@@ -51,7 +51,7 @@ def arguments(n: int, factor: float) -> bytes:
 @pytest.mark.parametrize("mode", MODES)
 def test_buffers_by_number_name_offset_and_bytes(mode: str) -> None:
     x, y = np.arange(40, dtype=np.float32), np.zeros(48, np.float32)
-    buffers = {"x": (x, 8), 1: (y, 16), "args": arguments(32, 2)}
+    buffers: dict = {"x": (x, 8), 1: (y, 16), "args": arguments(32, 2)}
     done = compiled(mode).run("scale", 2, 16, buffers)
     assert (y[16:] == 2 * x[8:]).all()
     assert (y[:16] == 0).all()

@@ -45,7 +45,10 @@ extern "C" __attribute__((visibility("hidden"), used)) inline bfloat __truncsfbf
   typedef T T##3 __attribute__((ext_vector_type(3)));                                              \
   typedef T T##4 __attribute__((ext_vector_type(4)));                                              \
   typedef T packed_##T##2 __attribute__((ext_vector_type(2), aligned(sizeof(T))));                 \
-  typedef T packed_##T##4 __attribute__((ext_vector_type(4), aligned(sizeof(T))));
+  typedef T packed_##T##4 __attribute__((ext_vector_type(4), aligned(sizeof(T))));                 \
+  namespace metal {                                                                                \
+  using ::T##2, ::T##3, ::T##4;                                                                    \
+  }
 MSL_VECTORS(char)
 MSL_VECTORS(uchar)
 MSL_VECTORS(short)

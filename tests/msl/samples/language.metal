@@ -22,7 +22,7 @@ kernel void vectors(device float* out [[buffer(0)]], device const packed_half4* 
   float4 sum = v + float4(h) + float4(u) + float4(s) + mixed + cast;
   for (int i = 0; i < 4; i++) out[i] = sum[i];
   out[4] = three[1].y;
-  out[5] = doubled(float2(3, 4)).y;
+  out[5] = doubled(metal::float2(3, 4)).y;
   out[6] = sizeof(packed_float3) * 100 + sizeof(float3) * 10 + sizeof(packed_half4);
   out[7] = as_type<float>(as_type<uint>(1.5f));
   out[8] = float(as_type<half2>(0x3c004000u).x);      // 2

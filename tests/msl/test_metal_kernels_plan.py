@@ -1,0 +1,302 @@
+"""The Metal text of the decode plan's steps, executed: against float64, bit for bit between numbers
+of rows and ways of attention, and watched in three run orders."""
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from .metal_ops import DTYPES, Kernel
+from .metal_plan import Cache, Matrix, PlanRunner, compile_plan, plan_kernel, shared_heads
+from .operands import codes_of, random_packed, vector
+
+F32, F16, BF16 = DTYPES
+ORDERS = ("forward", "reverse", "shuffled")
+EPS = 1e-5
+DENSE = 0
+Format = tuple[int, int, torch.dtype]  # bits, group size, dtype of scales or of the dense matrix
+FORMATS: list[Format] = [
+    (4, 64, BF16), (4, 32, F16), (8, 64, F32), (2, 32, BF16), (3, 64, F16), (5, 32, F32),
+    (6, 64, BF16), (DENSE, 0, F32), (DENSE, 0, F16), (DENSE, 0, BF16),
+]  # fmt: skip
+WATCHED = 3  # every third is tried in the check build too
+# What a step's second and third matrix have where the first has FORMATS[i].
+SECOND = [FORMATS[(3 * i + 3) % len(FORMATS)] for i in range(len(FORMATS))]
+THIRD = [FORMATS[(7 * i + 4) % len(FORMATS)] for i in range(len(FORMATS))]
+
+
+def numbers(f: Format) -> tuple[int, int, int]:
+    return (f[0], f[1], DTYPES.index(f[2]))
+
+
+def random_matrix(f: Format, n: int, k: int, bias: bool = False) -> Matrix:
+    own = vector(n, F32) if bias else None
+    if f[0] == DENSE:
+        return Matrix((0.1 * torch.randn(n, k)).to(f[2]), None, None, 0, 0, own)
+    case = {"bits": f[0], "group_size": f[1], "scales": f[2], "n": n, "k": k}
+    return Matrix(*random_packed(case), f[0], f[1], own)
+
+
+def dense(m: Matrix) -> Tensor:
+    """The matrix in float64."""
+    if m.scales is None or m.biases is None:
+        return m.weight.double()
+    groups = codes_of(m.weight, m.bits).reshape(*m.scales.shape, -1)
+    return (groups * m.scales.double()[..., None] + m.biases.double()[..., None]).flatten(1)
+
+
+def normed(hidden: Tensor, gamma: Tensor) -> Tensor:
+    h = hidden.double()
+    return h * gamma.double() / (h.square().mean(-1, keepdim=True) + EPS).sqrt()
+
+
+def product(m: Matrix, x: Tensor) -> Tensor:
+    y = x.double() @ dense(m).T
+    return y if m.bias is None else y + m.bias.double()
+
+
+def assert_close(ours: Tensor, exact: Tensor, what: object, bound: float = 2e-6) -> None:
+    error = (ours.double() - exact).norm() / exact.norm()
+    assert error <= bound, (what, float(error))
+
+
+@cache
+def runners(step: str) -> tuple[PlanRunner, PlanRunner]:
+    """The typed and the check build of a step's kernels for all that is tested here."""
+    kernels: list[Kernel] = []
+    for i, f in enumerate(FORMATS):
+        formats = [numbers(g) for g in (f, SECOND[i], THIRD[i])]
+        kernels += [
+            plan_kernel(step, formats, kv=DTYPES[i % 3], rows=rows) for rows in (1, several(i))
+        ]
+    watched = kernels[1 :: 2 * WATCHED]
+    return PlanRunner(compile_plan(kernels)), PlanRunner(compile_plan(watched, "check"))
+
+
+def several(i: int) -> int:
+    """How many rows format i is tried with, besides one."""
+    return 2 + i % 7
+
+
+def in_every_way(i: int, step: str, run: Callable[[PlanRunner, slice], Tensor]) -> Tensor:
+    """The result of several rows: the check build's in each order, and each row's alone."""
+    typed, watched = runners(step)
+    rows = slice(several(i))
+    y = run(typed, rows)
+    for order in ORDERS if i % WATCHED == 0 else ():
+        assert torch.equal(run(watched.with_order(order), rows), y), (FORMATS[i], order)
+    for m in range(several(i)):
+        assert torch.equal(run(typed, slice(m, m + 1)), y[m : m + 1]), (FORMATS[i], m)
+    return y
+
+
+# ---- matrices
+
+every_format = pytest.mark.parametrize("i", range(len(FORMATS)), ids=lambda i: str(FORMATS[i]))
+
+
+@every_format
+def test_residual_adds_the_product_to_hidden(i: int) -> None:
+    for n, k, bias in ((9, 64, True), (100, 576, False), (8, 896, True), (1, 640, False)):
+        m, x, hidden = random_matrix(FORMATS[i], n, k, bias), torch.randn(8, k), torch.randn(8, n)
+
+        def run(runner: PlanRunner, at: slice) -> Tensor:
+            return runner.residual(m, x[at].clone(), hidden[at].clone())  # noqa: B023
+
+        y = in_every_way(i, "residual", run)
+        assert_close(y, hidden[: len(y)].double() + product(m, x[: len(y)]), (n, k))
+
+
+@every_format
+def test_gate_up_is_norm_two_products_and_swiglu(i: int) -> None:
+    for n, k, bias in ((9, 64, True), (96, 576, False), (3, 640, True)):
+        gate, up = random_matrix(FORMATS[i], n, k, bias), random_matrix(SECOND[i], n, k, bias)
+        gamma, hidden = torch.rand(k) + 0.5, 3 * torch.randn(8, k)
+
+        def run(runner: PlanRunner, at: slice) -> Tensor:
+            return runner.gate_up(gate, up, gamma, hidden[at].clone(), EPS)  # noqa: B023
+
+        y = in_every_way(i, "gate_up", run)
+        x = normed(hidden[: len(y)], gamma)
+        exact = torch.nn.functional.silu(product(gate, x)) * product(up, x)
+        assert_close(y, exact, (n, k), 5e-6)
+
+
+@every_format
+def test_head_is_norm_and_product(i: int) -> None:
+    for n, k, bias in ((260, 64, False), (7, 576, True)):
+        m, gamma = random_matrix(FORMATS[i], n, k, bias), torch.rand(k) + 0.5
+        hidden = torch.randn(8, k)
+
+        def run(runner: PlanRunner, at: slice) -> Tensor:
+            return runner.head(m, gamma, hidden[at].clone(), EPS)  # noqa: B023
+
+        y = in_every_way(i, "head", run)
+        assert_close(y, product(m, normed(hidden[: len(y)], gamma)), (n, k))
+
+
+@cache
+def embedders() -> list[PlanRunner]:
+    kernels = [plan_kernel("embed", [numbers(f)]) for f in FORMATS]
+    return [PlanRunner(compile_plan(kernels, mode)) for mode in ("typed", "check")]
+
+
+@every_format
+def test_embed_gives_rows_of_the_table_and_nan_for_others(i: int) -> None:
+    table = random_matrix(FORMATS[i], 9, 576)
+    for runner in embedders():
+        hidden = runner.embed(table, torch.tensor([3, 8, 9, -1, 0]), 576)
+        assert_close(hidden[[0, 1, 4]], dense(table)[[3, 8, 0]], "rows", 1e-7)
+        assert hidden[2:4].isnan().all()
+
+
+# ---- attention and what feeds it
+
+
+def random_cache(
+    positions: Tensor, kv_heads: int, head_dim: int, dtype: torch.dtype, slab_blocks: int = 5
+) -> Cache:
+    """Room for each row's blocks, in random order over slabs of which the last is smaller."""
+    used = [int(p) // 32 + 1 for p in positions]
+    order = torch.randperm(sum(used) + 2)
+    slabs = []
+    for first in range(0, len(order), slab_blocks):
+        blocks = min(slab_blocks, len(order) - first)
+        slabs.append(torch.randn(2, 3, blocks, kv_heads, 32, head_dim).to(dtype))
+    tables = torch.full((len(used), max(used)), -1, dtype=torch.int32)
+    next_block = 0
+    for m, count in enumerate(used):
+        tables[m, :count] = order[next_block : next_block + count]
+        next_block += count
+    return Cache(slabs, tables, layer=1)
+
+
+def keys_and_values(cache: Cache, row: int, count: int) -> tuple[Tensor, Tensor]:
+    """[kv_heads, count, head_dim] of a row, in float64."""
+    per_slab = cache.slabs[0].shape[2]
+    blocks = cache.block_tables[row, : (count + 31) // 32].tolist()
+    parts = [cache.slabs[b // per_slab][:, cache.layer, b % per_slab] for b in blocks]
+    keys, values = torch.cat(parts, dim=2)[:, :, :count].double()
+    return keys, values
+
+
+def attention_in_float64(queries: Tensor, positions: Tensor, cache: Cache, scale: float) -> Tensor:
+    kv_heads, head_dim = cache.slabs[0].shape[3], cache.slabs[0].shape[5]
+    rows = []
+    for m, position in enumerate(positions.tolist()):
+        keys, values = keys_and_values(cache, m, position + 1)
+        q = queries[m].double().reshape(kv_heads, -1, head_dim)
+        weights = (q @ keys.transpose(1, 2) * scale).softmax(-1)
+        rows.append((weights @ values).flatten())
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads", "kv_heads", "head_dim"),
+    [(F16, 4, 2, 16), (BF16, 7, 1, 64), (F32, 6, 2, 128), (F16, 2, 2, 80), (BF16, 9, 3, 64)],
+)
+def test_attention_against_float64_both_ways_and_a_row_alone(
+    dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
+) -> None:
+    shared = shared_heads(heads, kv_heads)
+    numbers = {"kv": dtype, "head_dim": head_dim, "shared": shared}
+    steps = ("attention", "attention_split", "attention_combine")
+    runner = PlanRunner(compile_plan([plan_kernel(s, **numbers) for s in steps]))
+    scale = head_dim**-0.5
+    for positions in ([0, 31, 32, 127, 128, 200, 1000, 1023], [0, 1024, 1500]):
+        at = torch.tensor(positions)
+        cache = random_cache(at, kv_heads, head_dim, dtype)
+        queries = 2 * torch.randn(len(at), heads * head_dim)
+        exact = attention_in_float64(queries, at, cache, scale)
+        ways = [True] if max(positions) >= 1024 else [True, False]
+        results = [runner.attention(queries, at, cache, scale, split) for split in ways]
+        assert_close(results[0], exact, positions)
+        assert torch.equal(results[0], results[-1])
+        for m in range(len(at)):
+            single = Cache(cache.slabs, cache.block_tables[m : m + 1].clone(), 1)
+            one = (queries[m : m + 1].clone(), at[m : m + 1].clone(), single, scale)
+            alone = runner.attention(*one, positions[m] >= 1024)
+            assert torch.equal(alone, results[0][m : m + 1])
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_attention_is_watched(order: str) -> None:
+    numbers = {"kv": F16, "head_dim": 16, "shared": 2}
+    steps = ("attention", "attention_split", "attention_combine")
+    runner = PlanRunner(compile_plan([plan_kernel(s, **numbers) for s in steps], "check"), order)
+    at = torch.tensor([0, 33, 140])
+    cache, queries = random_cache(at, 2, 16, F16), torch.randn(3, 64)
+    exact = attention_in_float64(queries, at, cache, 0.25)
+    for split in (False, True):
+        assert_close(runner.attention(queries, at, cache, 0.25, split), exact, split)
+
+
+def rotated(x: Tensor, rope: Tensor) -> Tensor:
+    """x [..., head_dim] by cos and signed sin."""
+    a, b = x.chunk(2, -1)
+    return x * rope[0].double() + torch.cat([b, a], -1) * rope[1].double()
+
+
+@every_format
+def test_qkv_is_norm_three_products_rope_and_append(i: int) -> None:
+    formats, dtype, bias = (FORMATS[i], SECOND[i], THIRD[i]), DTYPES[i % 3], i % 2 == 1
+    heads, kv_heads, head_dim, width = 3, 1, (16, 64)[i % 2], (64, 576)[i // 2 % 2]
+    matrices = [random_matrix(formats[0], heads * head_dim, width, bias)]
+    matrices += [random_matrix(f, kv_heads * head_dim, width, bias) for f in formats[1:]]
+    gamma, hidden = torch.rand(width) + 0.5, torch.randn(8, width)
+    positions = torch.tensor([0, 31, 32, 77, 64, 5, 127, 96])
+    angles = torch.rand(8, head_dim // 2) * 6
+    sines = torch.cat([-angles.sin(), angles.sin()], -1)
+    rope = torch.stack([torch.cat([angles.cos()] * 2, -1), sines], 1)
+    before = random_cache(positions, kv_heads, head_dim, dtype)
+    unwritten = 1000.0
+    caches: list[Cache] = []
+
+    def run(runner: PlanRunner, at: slice) -> Tensor:
+        slabs = [torch.full_like(s, unwritten) for s in before.slabs]
+        caches.append(Cache(slabs, before.block_tables[at].clone(), 1))
+        inputs = [t[at].clone() for t in (hidden, rope, positions)]
+        return runner.qkv(matrices, gamma, *inputs, caches[-1], EPS)
+
+    queries = in_every_way(i, "qkv", run)
+    rows = len(queries)
+    x = normed(hidden[:rows], gamma)
+    q, k, v = (product(m, x).reshape(rows, -1, head_dim) for m in matrices)
+    exact = torch.stack([rotated(q[m], rope[m]) for m in range(rows)])
+    assert_close(queries, exact.flatten(1), "queries")
+    unit = {F32: 2e-6, F16: 5e-4, BF16: 4e-3}[dtype]
+    for m in range(rows):
+        key, value = (t[:, -1] for t in keys_and_values(caches[0], m, int(positions[m]) + 1))
+        assert_close(key, rotated(k[m], rope[m]), "key", unit)
+        assert_close(value, v[m], "value", unit)
+    written = [torch.cat([s.flatten() for s in c.slabs]) for c in caches]
+    assert int((written[0] != unwritten).sum()) == rows * 2 * kv_heads * head_dim
+    for other in written[1:-rows]:
+        assert torch.equal(other, written[0])
+
+
+# ---- tokens
+
+
+def token_runners(step: str) -> list[PlanRunner]:
+    kernels = [plan_kernel(step)]
+    watched = PlanRunner(compile_plan(kernels, "check"))
+    return [PlanRunner(compile_plan(kernels)), *(watched.with_order(o) for o in ORDERS)]
+
+
+def test_argmax_is_the_first_of_the_largest() -> None:
+    for runner in token_runners("argmax"):
+        for size in (1, 31, 33, 1023, 1025, 4097):
+            logits = torch.randint(-5, 6, (3, size)).float()
+            logits[1] = -float("inf")
+            logits[2] = 0.5
+            assert runner.argmax(logits).tolist() == logits.argmax(-1).tolist(), size
+
+
+def test_copy() -> None:
+    for runner in token_runners("copy"):
+        for count in (1, 255, 257):
+            values = torch.randn(count)
+            assert torch.equal(runner.copy(values), values)

@@ -1,6 +1,6 @@
 // What the NEON kernels share. Everything after this header, itself included, compiles for ARMv8.2
-// with the dot product instructions, or for Q4_NEON_TARGET where a file defines that: include it
-// last, and run nothing of it before dispatch.cpp has looked at the CPU.
+// with the dot product instructions, and where a file defines Q4_I8MM also with those of i8mm:
+// include it last, and run nothing of it before dispatch.cpp has looked at the CPU.
 #pragma once
 
 #include <arm_neon.h>
@@ -13,16 +13,16 @@
 #include "float_types.h"
 #include "kernels.h"
 
-#if !defined(Q4_NEON_TARGET)
-#define Q4_NEON_TARGET "arch=armv8.2-a+dotprod"
-#endif
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target(Q4_NEON_TARGET))), apply_to = function)
+// GCC expands no macros in this pragma, so the targets are written out.
+#if defined(__clang__) && defined(Q4_I8MM)
+#pragma clang attribute push(__attribute__((target("arch=armv8.2-a+dotprod+i8mm"))),               \
+                             apply_to = function)
+#elif defined(__clang__)
+#pragma clang attribute push(__attribute__((target("arch=armv8.2-a+dotprod"))), apply_to = function)
+#elif defined(Q4_I8MM)
+#pragma GCC target("arch=armv8.2-a+dotprod+i8mm")
 #else
-#define Q4_PRAGMA(text) _Pragma(#text)
-#define Q4_TARGET_PRAGMA(target) Q4_PRAGMA(GCC target(target))
-Q4_TARGET_PRAGMA(Q4_NEON_TARGET)
+#pragma GCC target("arch=armv8.2-a+dotprod")
 #endif
 
 namespace q4metal::cpu {

@@ -1,7 +1,7 @@
 // The GEMMs with integer activations for NEON with the matrix instructions of i8mm (M2 and later,
 // Neoverse V1 and later): smmla multiplies two rows of eight bytes with two others, twice the
 // products of sdot. The integer sums are the same, and so are all bits of the result.
-#define Q4_NEON_TARGET "arch=armv8.2-a+dotprod+i8mm"
+#define Q4_I8MM
 #include "neon_split_gemm.h"
 
 namespace q4metal::cpu {

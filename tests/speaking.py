@@ -18,12 +18,14 @@ from torch_q4metal import reference
 FIRST = ord("\n")  # what the chat template ends with
 
 
-def write_speaking(path: Path, text: str, *, endless: bool = False, **options: Any) -> Path:
+def write_speaking(
+    path: Path, text: str, *, endless: bool = False, layers: int = 1, **options: Any
+) -> Path:
     """Write the model's directory and return it. ``options`` are those of ``write_tiny``."""
     codes = list(text.encode())
     assert len({FIRST, *codes}) == len(codes) + 1, "a token can have one successor only"
     fields = {"max_position_embeddings": 1 << 16} | options.pop("config", {})
-    model = write_tiny(path, tied=False, layers=1, config=fields, **options)
+    model = write_tiny(path, tied=False, layers=layers, config=fields, **options)
     embedding = torch.randn(model.dense["lm_head.weight"].shape)
     head = torch.zeros_like(embedding)
     for before, after in zip([FIRST, *codes], [*codes, EOS_ID], strict=True):
@@ -31,14 +33,12 @@ def write_speaking(path: Path, text: str, *, endless: bool = False, **options: A
     if endless:
         head[EOS_ID] = 0
         head[codes[0]] += embedding[codes[-1]]
-    block = "model.layers.0"
     tensors = dict(model.tensors)
-    for module, weight in {
-        "model.embed_tokens": embedding,
-        "lm_head": head,
-        f"{block}.self_attn.o_proj": torch.zeros(64, 64),
-        f"{block}.mlp.down_proj": torch.zeros(64, 96),
-    }.items():
+    weights = {"model.embed_tokens": embedding, "lm_head": head}
+    for layer in range(layers):
+        weights[f"model.layers.{layer}.self_attn.o_proj"] = torch.zeros(64, 64)
+        weights[f"model.layers.{layer}.mlp.down_proj"] = torch.zeros(64, 96)
+    for module, weight in weights.items():
         packed = reference.quantize(weight, group_size=32, bits=4)
         tensors |= zip((f"{module}.{part}" for part in ("weight", "scales", "biases")), packed)
     tensors["model.norm.weight"] = torch.ones(64)

@@ -1,19 +1,21 @@
 """Measures prefill, decode and memory of one model: ``python -m torch_q4metal.bench --model M``.
 
-The prompt is random tokens; decoding is greedy and goes on past end tokens. Reported are medians of
-``--repeats`` runs after one run that is not counted. ``--json`` makes the last line of stdout one
-JSON object. GB/s are 10**9 bytes a second.
+Prompts are random tokens, one for each text of ``--batch``; decoding is greedy and goes on past end
+tokens. Reported are medians of ``--repeats`` runs after one run that is not counted. ``--json``
+makes the last line of stdout one JSON object. GB/s are 10**9 bytes a second. Under torchrun the
+ranks compute together; memory is rank 0's.
 """
 
+import functools
 import json
 import statistics
 import time
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli import run
+from .cli import EXIT_ERROR, run
 from .terminal import show_log, status
 
 if TYPE_CHECKING:
@@ -26,13 +28,17 @@ PROBE_BYTES = 1 << 30  # beyond every cache; taken last, so that peak_rss does n
 
 @dataclass(frozen=True)
 class Result:
-    """One line of a benchmark table. Times in seconds, sizes in bytes, medians over the runs."""
+    """One line of a benchmark table. Times in seconds, sizes in bytes, medians over the runs.
+
+    Tokens a second are those of all texts of the batch together; the time to the first token is
+    that of the text that gets its own last.
+    """
 
     model: str
     prefill_tok_s: float
     decode_tok_s: float
     ttft_s: float
-    decode_gb_s: float  # weight_bytes times decode_tok_s
+    decode_gb_s: float  # weight_bytes times decode_tok_s / batch
     read_probe_gb_s: float
     probe_share: float  # decode_gb_s / read_probe_gb_s
     peak_rss_bytes: int
@@ -48,14 +54,19 @@ class Result:
     dtype: str
     precision: str
     eager: bool
+    batch: int
+    ranks: int
+    stages: list[dict[str, Any]]  # what each rank holds; empty for one process
     torch: str
     version: str
 
 
 def weight_bytes_per_token(model: "CausalLM") -> int:
     """Bytes of weights that one token reads: all, but only one row of an untied embedding."""
-    checkpoint = model.checkpoint
-    assert checkpoint is not None
+    from .checkpoint import Checkpoint
+
+    assert model.checkpoint is not None
+    checkpoint = Checkpoint.open(model.checkpoint.path)  # all of it: the model may be a stage
     total = checkpoint.weight_bytes
     if model.config.tied:
         return total
@@ -73,17 +84,26 @@ def read_probe_gb_s(threads: int) -> float:
     return PROBE_BYTES / min(statistics.median(seconds) for seconds in ways) / 1e9
 
 
-def _run_once(model: "CausalLM", prompt: list[int], tokens: int) -> tuple[float, float]:
-    """(seconds to the first token, seconds of the tokens after it)."""
-    from .generation import generate_step
+def _run_once(model: "CausalLM", prompts: list[list[int]], tokens: int) -> tuple[float, float]:
+    """(seconds until all texts have a token, tokens a second after that)."""
+    from .generation import decode_together
+
+    times: list[float] = []
+    begun: set[int] = set()
+    first = 0
+
+    def take(index: int, token: int, last: bool) -> bool:
+        nonlocal first
+        times.append(time.perf_counter())
+        if index not in begun:
+            begun.add(index)
+            first = len(times) - 1
+        return False
 
     begin = time.perf_counter()
-    steps = generate_step(prompt, model, max_tokens=tokens)
-    next(steps)
-    first = time.perf_counter()
-    for _ in steps:
-        pass
-    return first - begin, time.perf_counter() - first
+    decode_together(model, [list(prompt) for prompt in prompts], tokens, take)
+    later = len(times) - 1 - first
+    return times[first] - begin, later / (times[-1] - times[first])
 
 
 def measure(
@@ -96,49 +116,53 @@ def measure(
     eager: bool = False,
     revision: str | None = None,
     offline: bool = False,
+    batch: int = 1,
+    split: str = "auto",
 ) -> Result:
     """Loads the model and measures it. Raises what ``load_model`` raises."""
     import torch
 
     from . import __version__, ops
+    from .checkpoint import Checkpoint
     from .hub import resolve_model
     from .machine import cpu_name, peak_rss
     from .memory import kv_bytes_per_token
-    from .models import load_model
+    from .pipeline import launch
+    from .pipeline.handshake import Settings
 
     threads = torch.get_num_threads()
-    model = load_model(
-        resolve_model(path_or_id, revision=revision, offline=offline),
-        precision=precision,
-        max_kv_size=prompt_tokens + generation_tokens,
-    )
-    model.eager = eager
+    path = resolve_model(path_or_id, revision=revision, offline=offline)
+    context = prompt_tokens + generation_tokens
+    settings = Settings(None, precision, context, eager=eager, split=split)
+    model = launch.load(path, settings)
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.vocab_size
-    prompt = torch.randint(vocabulary, (prompt_tokens,), generator=generator).tolist()
-    _run_once(model, prompt, min(generation_tokens, 8))
-    runs = [_run_once(model, prompt, generation_tokens) for _ in range(repeats)]
+    prompts = torch.randint(vocabulary, (batch, prompt_tokens), generator=generator).tolist()
+    _run_once(model, prompts, min(generation_tokens, 8))
+    runs = [_run_once(model, prompts, generation_tokens) for _ in range(repeats)]
+    stages = [] if model.engine is None else model.engine.stages
+    if model.engine is not None:
+        model.engine.close()
     ttft = statistics.median(first for first, _ in runs)
-    decode = statistics.median(rest for _, rest in runs)
-    tok_s = (generation_tokens - 1) / decode
+    tok_s = statistics.median(rate for _, rate in runs)
     weights = weight_bytes_per_token(model)
     peak = peak_rss()
     probe = read_probe_gb_s(threads)
-    assert model.checkpoint is not None
     return Result(
         model=path_or_id,
-        prefill_tok_s=prompt_tokens / ttft,
+        prefill_tok_s=batch * prompt_tokens / ttft,
         decode_tok_s=tok_s,
         ttft_s=ttft,
-        decode_gb_s=weights * tok_s / 1e9,
+        decode_gb_s=weights * tok_s / batch / 1e9,
         read_probe_gb_s=probe,
-        probe_share=weights * tok_s / 1e9 / probe,
+        probe_share=weights * tok_s / batch / 1e9 / probe,
         peak_rss_bytes=peak,
         import_rss_bytes=import_rss,
         weight_bytes=weights,
-        file_bytes=model.checkpoint.weight_bytes,
+        file_bytes=Checkpoint.open(path).weight_bytes,
         kv_bytes=kv_bytes_per_token(model.config, model.kv_dtype)
-        * (prompt_tokens + generation_tokens),
+        * (prompt_tokens + generation_tokens)
+        * batch,
         prompt_tokens=prompt_tokens,
         generation_tokens=generation_tokens,
         threads=threads,
@@ -147,6 +171,9 @@ def measure(
         dtype=str(model.dtype).removeprefix("torch."),
         precision=precision or "fast",  # what load_model takes for None
         eager=eager,
+        batch=batch,
+        ranks=len(stages) or 1,
+        stages=stages,
         torch=torch.__version__,
         version=__version__,
     )
@@ -156,7 +183,10 @@ def _print_table(result: Result) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{result.model} on {result.cpu}, {result.threads} threads")
+    where = f"{result.cpu}, {result.threads} threads"
+    if result.ranks > 1:
+        where = f"{result.ranks} ranks, the first on {where}"
+    table = Table(title=f"{result.model} on {where}")
     table.add_column("measured")
     table.add_column("", justify="right")
     for name, value in [
@@ -198,6 +228,12 @@ def main(
     ] = False,
     revision: Annotated[str | None, typer.Option("--revision", help="branch, tag, commit")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="never ask the hub")] = False,
+    batch: Annotated[
+        int, typer.Option("-b", "--batch", min=1, max=8, help="texts that are decoded together")
+    ] = 1,
+    split: Annotated[
+        str, typer.Option(help="under torchrun, layers of each rank: auto, memory or 10,18")
+    ] = "auto",
     as_json: Annotated[
         bool, typer.Option("--json", help="last line of stdout: one JSON object")
     ] = False,
@@ -205,16 +241,24 @@ def main(
 ) -> None:
     """Measures prefill and decode speed, and memory, of one model."""
     show_log(debug=debug)
-    import torch
+    import torch  # noqa: F401
 
     from .machine import peak_rss
 
     import_rss = peak_rss()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if model is None:
-        from .builtin_model import builtin_model
+    from .builtin_model import builtin_model
+    from .hub import resolve_model
+    from .pipeline import launch
 
+    place = launch.torchrun_place()
+    launch.set_threads(threads)
+    if place is not None and place.rank > 0:
+        source = model or str(builtin_model())
+        directory = functools.partial(resolve_model, source, revision=revision, offline=offline)
+        if not launch.serve(launch.join(), directory):
+            raise typer.Exit(EXIT_ERROR)
+        return
+    if model is None:
         model = str(builtin_model())
     with status("measuring"):
         result = measure(
@@ -227,6 +271,8 @@ def main(
             eager,
             revision,
             offline,
+            batch,
+            split,
         )
     if as_json:
         print(json.dumps(asdict(result)))

@@ -4,6 +4,7 @@ In a terminal it is a conversation; with ``--prompt``, or with text piped in, on
 alone on stdout, everything else on stderr. Torch is imported only once there is work to do.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from .cli import run
+from .cli import EXIT_ERROR, run
 from .errors import ContextLengthError, Q4MetalError
+from .pipeline.launch import torchrun_place
 
 if TYPE_CHECKING:
     from .chat_session import ChatSession
@@ -133,6 +135,14 @@ def main(
             rich_help_panel=MODEL,
         ),
     ] = False,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Under torchrun, layers of each rank: auto (the default) by measured speed, "
+            "memory, or numbers like 10,18.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     quiet: Annotated[
         bool, typer.Option("--quiet", help="Only answers and errors.", rich_help_panel=OUTPUT)
     ] = False,
@@ -163,10 +173,25 @@ def main(
     ] = False,
 ) -> None:
     """Chat with a 4-bit model, in a terminal or through pipes."""
-    _prepare_streams(quiet, debug)
+    place = torchrun_place()
+    is_later_rank = place is not None and place.rank > 0
+    _prepare_streams(quiet or is_later_rank, debug)
+    if place is None and split is not None:
+        raise typer.BadParameter(
+            "it is for several ranks; start them with torchrun.", param_hint="--split"
+        )
     if ignore_chat_template and (system_prompt or chat_template):
         given = "--system-prompt" if system_prompt else "--chat-template"
         raise typer.BadParameter("--ignore-chat-template leaves no use for it.", param_hint=given)
+    model_options = (
+        model, revision, offline, dtype, precision, device, threads, context, force, eager, split
+    )  # fmt: skip
+    if is_later_rank:  # the terminal and the question are the first one's
+        from .chat_setup import ModelOptions, serve_stage
+
+        if not serve_stage(ModelOptions(*model_options)):
+            raise typer.Exit(EXIT_ERROR)
+        return
     question = _question(prompt)
     if as_json and question is None:
         raise typer.BadParameter("it needs --prompt or piped text.", param_hint="--json")
@@ -176,9 +201,7 @@ def main(
     with status("starting", quiet):  # importing torch takes seconds
         from .chat_setup import ModelOptions, SamplingOptions, open_session
     session = open_session(
-        ModelOptions(
-            model, revision, offline, dtype, precision, device, threads, context, force, eager
-        ),
+        ModelOptions(*model_options),
         SamplingOptions(temp, top_p, top_k, min_p, repetition_penalty, seed),
         chat_template=chat_template,
         extra_eos_tokens=extra_eos_token or (),
@@ -188,22 +211,24 @@ def main(
         use_template=not ignore_chat_template,
         quiet=quiet,
     )
-    if question is not None:
-        show_stats = not quiet if stats is None else stats
-        _answer_once(session, question, as_json=as_json, show_stats=show_stats, quiet=quiet)
-        return
+    with contextlib.closing(session):
+        if question is not None:
+            show_stats = not quiet if stats is None else stats
+            _answer_once(session, question, as_json=as_json, show_stats=show_stats, quiet=quiet)
+            return
 
-    from .line_input import open_history
-    from .repl import Repl
+        from .line_input import open_history
+        from .repl import Repl
 
-    Repl(
-        session,
-        open_history(not no_history),
-        model_name=model or "built-in",
-        show_stats=bool(stats),
-        quiet=quiet,
-        debug=debug,
-    ).run()
+        Repl(
+            session,
+            open_history(not no_history),
+            model_name=model or "built-in",
+            show_stats=bool(stats),
+            quiet=quiet,
+            debug=debug,
+            signals=place is None,
+        ).run()
 
 
 def _prepare_streams(quiet: bool, debug: bool) -> None:

@@ -100,6 +100,11 @@ class ChatSession:
         self.last = None
         self._cache.truncate(0)
 
+    def close(self) -> None:
+        """End what its model runs in other processes."""
+        if self.model.engine is not None:
+            self.model.engine.close()
+
     def ask(self, text: str) -> Generator[str, None, None]:
         """Yield the pieces of the answer to ``text``; close the iterator to stop it early.
 

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
 from .builtin_model import builtin_model
 from .chat_session import ChatSession
 from .config import GenerationDefaults
 from .errors import Q4MetalError, TokenizerError
 from .hub import resolve_model
-from .models import CausalLM, load_model
+from .models import CausalLM
+from .pipeline import launch
+from .pipeline.handshake import Settings
 from .sampling import SamplingParams
 from .terminal import status
 from .tokenizer import Tokenizer
@@ -36,6 +36,7 @@ class ModelOptions:
     context: int | None = None
     force: bool = False
     eager: bool = False
+    split: str | None = None  # layers of each rank under torchrun; None is "auto"
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,9 @@ def open_session(
 
     Raises Q4MetalError for all that is wrong with the model or does not fit into memory.
     """
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    if options.model is None:
-        with status("preparing the built-in model", quiet):
-            path = builtin_model()
-    else:
-        path = resolve_model(options.model, revision=options.revision, offline=options.offline)
+    launch.set_threads(options.threads)
+    with status("preparing the built-in model", quiet or options.model is not None):
+        path = _directory(options)
     template = None if chat_template is None else _template_text(chat_template)
     tokenizer = Tokenizer.from_dir(path, chat_template=template)
     if use_template and not tokenizer.has_chat_template:
@@ -95,6 +92,15 @@ def open_session(
     )
 
 
+def serve_stage(options: ModelOptions) -> bool:
+    """What a rank does whose place under torchrun is not the first, until that is done.
+
+    False if it went wrong, which rank 0 tells.
+    """
+    launch.set_threads(options.threads)
+    return launch.serve(launch.join(), lambda: _directory(options))
+
+
 def merge_sampling(given: SamplingOptions, defaults: GenerationDefaults) -> SamplingParams:
     """What was given, else what the checkpoint says, else greedy."""
     values = {name: value for name, value in asdict(defaults).items() if value is not None}
@@ -105,19 +111,21 @@ def merge_sampling(given: SamplingOptions, defaults: GenerationDefaults) -> Samp
 def _load(path: Path, options: ModelOptions, quiet: bool) -> CausalLM:
     begin = time.perf_counter()
     with status(f"loading {path.name}", quiet):
-        model = load_model(
-            path,
-            getattr(torch, options.dtype) if options.dtype else None,
-            options.device,
-            options.precision,
-            max_kv_size=options.context,
-            force=options.force,
-        )
-    model.eager = options.eager
+        settings = Settings(
+            options.dtype, options.precision, options.context, options.force, options.eager,
+            options.split or "auto", options.device,
+        )  # fmt: skip
+        model = launch.load(path, settings)
     assert model.checkpoint is not None
     gigabytes, seconds = model.checkpoint.weight_bytes / 1e9, time.perf_counter() - begin
     log.debug("loaded %s, %.2f GB, in %.1f s", path, gigabytes, seconds)
     return model
+
+
+def _directory(options: ModelOptions) -> Path:
+    if options.model is None:
+        return builtin_model()
+    return resolve_model(options.model, revision=options.revision, offline=options.offline)
 
 
 def _template_text(value: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -75,7 +75,12 @@ class Choice:
 
 
 class Engine(Protocol):
-    """Computes in the order of ``submit``. A text has at most one pass under way."""
+    """Computes in the order of ``submit``. A text has at most one pass under way.
+
+    ``stages``  of a pipeline, what each rank has loaded: "rank", "host", "layers", "weight_bytes"
+    """
+
+    stages: list[dict[str, Any]]
 
     @property
     def groups(self) -> int:
@@ -93,6 +98,9 @@ class Engine(Protocol):
         The token is not appended to ``tokens``.
         """
 
+    def close(self) -> None:
+        """Ends what runs elsewhere."""
+
 
 class LocalEngine:
     """The model of this process."""
@@ -101,6 +109,7 @@ class LocalEngine:
 
     def __init__(self, model: CausalLM) -> None:
         self._model = model
+        self.stages: list[dict[str, Any]] = []
 
     @torch.inference_mode()
     def submit(self, texts: list[Text]) -> None:
@@ -111,6 +120,9 @@ class LocalEngine:
     def draw(self, text: Text) -> tuple[int, Tensor | None]:
         assert text.logits is not None, "it was not submitted"
         return text.choice.draw(text.tokens, text.logits)
+
+    def close(self) -> None:
+        """Nothing runs elsewhere."""
 
 
 def engine_of(model: CausalLM) -> Engine:

@@ -8,7 +8,7 @@ KeyboardInterrupt, at any time: the sequence then holds whole passes, with their
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -188,22 +188,42 @@ def generate_batch(
     Up to 8 are decoded together, for which weights are read once; one ends, the next one starts. In
     a pipeline they go in groups, so that no stage is idle.
     """
-    sampling = sampling or SamplingParams()
     stops = [stop] if isinstance(stop, str) else list(stop)
     ends = end_tokens(model, tokenizer, extra_eos_token_ids)
     encoded = [_encode(tokenizer, prompt) for prompt in prompts]
+    answers = [_Answer(tokenizer, ends, stops) for _ in encoded]
     texts = [""] * len(encoded)
-    if not encoded:
-        return texts
-    pool = _batch_pool(model, encoded, max_tokens)
+
+    def take(index: int, token: int, last: bool) -> bool:
+        text, finish_reason = answers[index].add(token, last)
+        texts[index] += text
+        return finish_reason is not None
+
+    decode_together(model, encoded, max_tokens, take, sampling=sampling)
+    return texts
+
+
+def decode_together(
+    model: CausalLM,
+    prompts: Sequence[list[int]],
+    max_tokens: int,
+    take: Callable[[int, int, bool], bool],
+    *,
+    sampling: SamplingParams | None = None,
+) -> None:
+    """Decodes several texts of token ids, up to 8 at a time.
+
+    Calls ``take(index of the prompt, token, whether it is the text's last)`` for each token that is
+    drawn; the text ends there if that returns True.
+    """
+    if not prompts:
+        return
+    sampling = sampling or SamplingParams()
+    pool = _batch_pool(model, prompts, max_tokens)
     # Made before anything is computed: a prompt that is too long is told at once.
     waiting = [
-        (
-            index,
-            _Row(model, tokens, max_tokens, kv.Sequence(pool), sampling, logprobs=False),
-            _Answer(tokenizer, ends, stops),
-        )
-        for index, tokens in enumerate(encoded)
+        (index, _Row(model, tokens, max_tokens, kv.Sequence(pool), sampling, logprobs=False))
+        for index, tokens in enumerate(prompts)
     ]
     waiting.reverse()
     engine = engine_of(model)
@@ -211,19 +231,17 @@ def generate_batch(
     while waiting or groups.busy:
         group, size = groups.next()
         for entry in list(group):  # their last pass may still be under way, in other stages
-            index, row, answer = entry
+            index, row = entry
             token, _ = row.draw()
-            text, finish_reason = answer.add(token, last=row.done)
-            texts[index] += text
-            if finish_reason is not None:
+            last = row.done
+            if take(index, token, last) or last:
                 row.cache.free()
                 group.remove(entry)
         if group:
-            engine.submit([row.text for _, row, _ in group])
+            engine.submit([row.text for _, row in group])
         while waiting and len(group) < size:
             group.append(waiting.pop())
             group[-1][1].prefill()
-    return texts
 
 
 class _Groups:
@@ -232,14 +250,14 @@ class _Groups:
     def __init__(self, texts: int, groups: int) -> None:
         shares = [texts // groups + (i < texts % groups) for i in range(groups)]
         self._sizes = [size for size in shares if size]
-        self._groups: list[list[tuple[int, _Row, _Answer]]] = [[] for _ in self._sizes]
+        self._groups: list[list[tuple[int, _Row]]] = [[] for _ in self._sizes]
         self._turn = -1
 
     @property
     def busy(self) -> bool:
         return any(self._groups)
 
-    def next(self) -> tuple[list[tuple[int, _Row, _Answer]], int]:
+    def next(self) -> tuple[list[tuple[int, _Row]], int]:
         """(the group whose turn it is, how many texts it takes)."""
         self._turn = (self._turn + 1) % len(self._groups)
         return self._groups[self._turn], self._sizes[self._turn]
@@ -354,7 +372,7 @@ def _common_prefix(held: list[int], prompt: list[int]) -> int:
     return next((i for i in range(longest) if held[i] != prompt[i]), longest)
 
 
-def _batch_pool(model: CausalLM, prompts: list[list[int]], max_tokens: int) -> kv.KVPool:
+def _batch_pool(model: CausalLM, prompts: Sequence[list[int]], max_tokens: int) -> kv.KVPool:
     """Room for the longest texts that can be under way at once."""
     longest = [
         min(model.max_kv_size, len(prompt) + max_tokens) if max_tokens > 0 else model.max_kv_size

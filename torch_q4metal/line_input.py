@@ -10,6 +10,7 @@ from platformdirs import user_state_path
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.input import Input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 from prompt_toolkit.output.vt100 import Vt100_Output
@@ -45,6 +46,11 @@ class LineReader:
             complete_style=CompleteStyle.READLINE_LIKE,
             enable_suspend=True,
         )
+
+    @property
+    def input(self) -> Input:
+        """Where keys come from."""
+        return self._session.input
 
     def read(self) -> str:
         """The next entry as it was typed, a ``\"\"\"`` block with its fences.

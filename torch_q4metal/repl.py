@@ -13,7 +13,8 @@ from .chat_file import load_messages, save_messages
 from .chat_session import ChatSession
 from .errors import ContextLengthError, Q4MetalError
 from .line_input import FENCE, LineReader, unfence
-from .terminal import Interrupts, keys_kept_back, printable, write_answer
+from .raw_keys import RawKeys
+from .terminal import Interrupts, SharedKeys, printable, write_answer
 
 # /set name -> the field of SamplingParams (None: the session's own max_tokens), and its type.
 SETTINGS: dict[str, tuple[str | None, type]] = {
@@ -32,7 +33,8 @@ _COMMAND = re.compile(r"/([A-Za-z?]+)(?:\s+(.*))?", re.DOTALL)
 class Repl:
     """Reads, answers, repeats, until Ctrl-D or ``/exit``. Answers go to stdout, the rest to stderr.
 
-    Ctrl-C stops an answer and never leaves.
+    Ctrl-C stops an answer and never leaves. ``signals``: whether the terminal may send it as a
+    signal; under torchrun it would reach torchrun, see ``raw_keys``.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Repl:
         show_stats: bool = False,
         quiet: bool = False,
         debug: bool = False,
+        signals: bool = True,
         notices: TextIO | None = None,
     ) -> None:
         self.session = session
@@ -59,6 +62,7 @@ class Repl:
         }
         self._reader = LineReader(history, [f"/{name}" for name in self.commands])
         self._interrupts = Interrupts()
+        self._keys = SharedKeys() if signals else RawKeys()
         self._model_name, self._show_stats, self._quiet = model_name, show_stats, quiet
         self._debug = debug
         self._notices = notices if notices is not None else sys.stderr
@@ -70,7 +74,7 @@ class Repl:
             f"{self._model_name}, a context of {self.session.context} tokens; /help lists the "
             "commands, Ctrl-D leaves"
         )
-        with self._interrupts:
+        with self._keys, self._interrupts:
             while not self._leaving:
                 try:
                     self._handle(self._reader.read())
@@ -101,7 +105,8 @@ class Repl:
         written = "\n"
         try:
             self._interrupts.arm()
-            with keys_kept_back(), contextlib.closing(self.session.ask(text)) as pieces:
+            kept_back = self._keys.kept_back(self._reader.input)
+            with kept_back, contextlib.closing(self.session.ask(text)) as pieces:
                 for piece in pieces:
                     written = piece
                     write_answer(piece)

@@ -53,25 +53,34 @@ def status(text: str, quiet: bool = False) -> AbstractContextManager[object]:
     return screen.status(text) if screen.is_terminal and not quiet else nullcontext()
 
 
-@contextmanager
-def keys_kept_back() -> Iterator[None]:
-    """What is typed while this is entered does not show, and waits for who reads next.
+class SharedKeys:
+    """The terminal on standard input as the shell left it, while a program writes answers to it."""
 
-    Ctrl-C and Ctrl-Z work as ever. Does nothing where standard input is no terminal.
-    """
-    try:
-        descriptor = sys.stdin.fileno()
-        before = termios.tcgetattr(descriptor)
-    except (termios.error, OSError, ValueError):
-        yield
-        return
-    during = list(before)
-    during[3] &= ~(termios.ECHO | termios.ICANON)
-    try:
-        termios.tcsetattr(descriptor, termios.TCSANOW, during)
-        yield
-    finally:
-        termios.tcsetattr(descriptor, termios.TCSANOW, before)
+    def __enter__(self) -> "SharedKeys":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing was changed."""
+
+    @contextmanager
+    def kept_back(self, reader: object = None) -> Iterator[None]:
+        """What is typed while this is entered does not show, and waits for who reads next.
+
+        Ctrl-C and Ctrl-Z work as ever. Does nothing where standard input is no terminal.
+        """
+        try:
+            descriptor = sys.stdin.fileno()
+            before = termios.tcgetattr(descriptor)
+        except (termios.error, OSError, ValueError):
+            yield
+            return
+        during = list(before)
+        during[3] &= ~(termios.ECHO | termios.ICANON)
+        try:
+            termios.tcsetattr(descriptor, termios.TCSANOW, during)
+            yield
+        finally:
+            termios.tcsetattr(descriptor, termios.TCSANOW, before)
 
 
 class Interrupts:

@@ -51,16 +51,10 @@ def load_model(
     it would not fit.
     """
     _check_device(device)
-    if dtype is not None and dtype not in _DTYPES:
-        raise Q4MetalError(f"dtype is {dtype}, but activations are float32, bfloat16 or float16.")
-    if precision is None:
-        precision = "exact" if dtype == torch.float32 else "fast"
-    if precision not in ("exact", "fast", "int8"):
-        raise Q4MetalError(f"precision is {precision!r}, but must be 'fast', 'exact' or 'int8'.")
-
+    precision = resolve_precision(dtype, precision)
     checkpoint = Checkpoint.open(path)
     family, config = read_family(checkpoint)
-    context = _context(config, max_kv_size)
+    context = resolve_context(config, max_kv_size)
     kv_dtype = torch.float32 if precision == "exact" else checkpoint.scales_dtype
     total = config.num_hidden_layers
     part = Part(range(total) if layers is None else layers, total, config.tied)
@@ -103,7 +97,19 @@ def read_family(checkpoint: Checkpoint) -> tuple[type[CausalLM], DecoderConfig]:
     return family, family.config_class.from_fields(fields, tied)
 
 
-def _context(config: DecoderConfig, max_kv_size: int | None) -> int:
+def resolve_precision(dtype: torch.dtype | None, precision: str | None) -> str:
+    """What ``load_model`` takes for these two. Raises Q4MetalError for what is none."""
+    if dtype is not None and dtype not in _DTYPES:
+        raise Q4MetalError(f"dtype is {dtype}, but activations are float32, bfloat16 or float16.")
+    if precision is None:
+        precision = "exact" if dtype == torch.float32 else "fast"
+    if precision not in ("exact", "fast", "int8"):
+        raise Q4MetalError(f"precision is {precision!r}, but must be 'fast', 'exact' or 'int8'.")
+    return precision
+
+
+def resolve_context(config: DecoderConfig, max_kv_size: int | None) -> int:
+    """What ``load_model`` takes for ``max_kv_size``. Raises Q4MetalError for what cannot be."""
     trained = config.max_position_embeddings
     if max_kv_size is None:
         context = min(trained, DEFAULT_CONTEXT)

@@ -1,0 +1,92 @@
+"""A ring of threads in one process: the pipeline's own code, without a network or processes.
+
+with threads_ring(path, [range(2), range(2, 5)]) as model:    # rank 0's
+    generate_step(prompt, model, ...)
+"""
+
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_q4metal import decode
+from torch_q4metal.errors import PipelineError
+from torch_q4metal.models import CausalLM, load_model
+from torch_q4metal.pipeline.driver import Driver
+from torch_q4metal.pipeline.worker import Worker
+
+GONE = object()
+
+
+class QueueTransport:
+    """A ``Transport`` whose links are queues. Messages are copied when they are waited for."""
+
+    def __init__(self, rank: int, links: list[queue.SimpleQueue[Any]]) -> None:
+        self.rank, self.world_size = rank, len(links)
+        self._out, self._in = links[rank], links[rank - 1]
+        self.sent: list[int] = []  # bytes of each message
+
+    def send(self, message: Tensor) -> "QueueTransfer":
+        self.sent.append(len(message))
+        self._out.put(message.clone())
+        return QueueTransfer(None, None)
+
+    def receive(self, buffer: Tensor) -> "QueueTransfer":
+        return QueueTransfer(self._in, buffer)
+
+    def close(self) -> None:
+        self._out.put(GONE)
+
+
+class QueueTransfer:
+    def __init__(self, link: Any, buffer: Tensor | None) -> None:
+        self._link, self._buffer = link, buffer
+
+    def wait(self) -> None:
+        if self._buffer is None:
+            return
+        message = self._link.get(timeout=60)
+        if message is GONE:
+            raise PipelineError("the link is gone.")
+        self._buffer[: len(message)] = message
+
+
+@contextmanager
+def threads_ring(path: Path, ranges: list[range], **options: Any) -> Iterator[CausalLM]:
+    """Rank 0's model; the other ranks are threads. ``options`` are those of ``load_model``."""
+    eager = options.pop("eager", False)
+    models = [load_model(path, layers=part, **options) for part in ranges]
+    for model in models:
+        model.eager = eager
+    plans = [decode.plan_of(model) for model in models]
+    reads_prompts = all(plan is not None and plan.reads_prompts for plan in plans)
+    links: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in ranges]
+    transports = [QueueTransport(rank, links) for rank in range(len(ranges))]
+    threads = [
+        threading.Thread(target=_serve, args=(transport, model), daemon=True)
+        for transport, model in zip(transports[1:], models[1:], strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    driver = Driver(transports[0], models[0], [{"reads_prompts": reads_prompts}])
+    try:
+        yield models[0]
+    finally:
+        driver.close()
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+def _serve(transport: QueueTransport, model: CausalLM) -> None:
+    torch.set_num_threads(1)
+    try:
+        Worker(transport, model).run()
+    except Exception:
+        transport.close()
+        raise

@@ -1,0 +1,284 @@
+"""Rank 0: computes its own layers of every pass, sends it round, and takes back what was drawn."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import decode
+from ..cache import KVPool, Sequence
+from ..engine import Text
+from ..errors import PipelineError
+from ..models.base import MATVEC_ROWS, PREFILL_CHUNK, CausalLM
+from .message import Kind, Pass, Place, Want, pass_bytes, result_bytes
+from .stage import compute
+from .transport import Transport
+from .worker import RESULTS, Inbox, Outbox
+
+
+class LeadPool(KVPool):
+    """Rank 0's KV pool. Remembers copied blocks until the other stages are told."""
+
+    numbers = itertools.count()
+
+    def __init__(self, *shape: Any) -> None:
+        super().__init__(*shape)
+        self.number = next(LeadPool.numbers)
+        self.copies: list[tuple[int, int]] = []
+
+    def copy_block(self, source: int, target: int) -> None:
+        super().copy_block(source, target)
+        self.copies.append((source, target))
+
+
+class Driver:
+    """The ``Engine`` of rank 0's model, which it makes its own.
+
+    Passes arrive at every stage in the order in which they were sent, so all keep the same KV
+    blocks without being asked. A pass that was sent is computed, whatever interrupts rank 0.
+
+    ``stages``    what each rank has loaded: "rank", "host", "layers", "weight_bytes", and whether
+                  its decode plan "reads_prompts"
+    ``on_close``  called once all ranks have ended
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        model: CausalLM,
+        stages: list[dict[str, Any]],
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        config = model.config
+        self.groups = transport.world_size
+        self.stages = stages
+        # As in one process: if any layer cannot, all prompts go through modules.
+        self._reads_prompts = all(stage["reads_prompts"] for stage in stages)
+        self._on_close = on_close
+        self._model = model
+        self._hidden_size = config.hidden_size
+        self._vocab_size = config.vocab_size
+        self._outbox = Outbox(transport, pass_bytes(config.hidden_size, model.max_kv_size))
+        self._inbox = Inbox(transport, result_bytes(config.vocab_size), RESULTS)
+        self._under_way: deque[int] = deque()  # passes whose results have not been taken
+        self._numbers = itertools.count()
+        self._slots: weakref.WeakKeyDictionary[Sequence, _Slot] = weakref.WeakKeyDictionary()
+        self._pools: weakref.WeakSet[LeadPool] = weakref.WeakSet()
+        self._texts: weakref.WeakValueDictionary[int, Text] = weakref.WeakValueDictionary()
+        self._results: dict[int, tuple[int, Tensor | None]] = {}
+        self._known: set[int] = set()  # texts that the last stage draws for
+        self._gone: dict[str, list[int]] = {"pools": [], "slots": [], "texts_gone": []}
+        self._is_over = False
+        model.engine = self
+        model.pool_class = LeadPool
+
+    # ---- Engine
+
+    def submit(self, texts: list[Text]) -> None:
+        """As ``Engine.submit``. Returns when this stage is done; the others go on."""
+        for text in texts:
+            self._model.check_context(len(text.tokens))
+            text.cache.reserve(len(text.waiting))
+        counts = {len(text.waiting) for text in texts}
+        rows = sum(len(text.waiting) for text in texts)
+        pools = {id(text.cache.pool) for text in texts}
+        has_plan = decode.plan_of(self._model) is not None
+        together = rows <= MATVEC_ROWS and len(pools) == 1 and (has_plan or len(counts) == 1)
+        if len(texts) > 1 and not (together and all(_want(t) is Want.TOKEN for t in texts)):
+            for text in texts:
+                self.submit([text])
+        elif rows <= MATVEC_ROWS:
+            self._pass(texts, None, planned=has_plan)
+        else:
+            self._prefill(texts[0])
+
+    def draw(self, text: Text) -> tuple[int, Tensor | None]:
+        """As ``Engine.draw``. Waits for the last stage."""
+        while text.number not in self._results:
+            if not self._under_way:
+                raise PipelineError("the text's last pass was interrupted; submit it again.")
+            with interrupts_deferred():
+                self._take_result()
+        token, numbers = self._results.pop(text.number)
+        if text.sampling is None:
+            assert numbers is not None
+            return text.choice.draw(text.tokens, numbers)
+        return token, numbers
+
+    def close(self) -> None:
+        """Ends all other ranks, once they have done what is under way."""
+        if self._is_over:
+            return
+        with interrupts_deferred():
+            while self._under_way:
+                self._take_result()
+            self._is_over = True  # a link that fails from here on has been told
+            self._outbox.send_end({"end": True}, 1)
+            self._inbox.drain()
+            self._on_close()
+
+    # ---- passes
+
+    def _prefill(self, text: Text) -> None:
+        """A prompt, in the chunks that one process would take."""
+        end = len(text.tokens)
+        while (start := text.cache.length) < end:
+            chunk = min(end, start + PREFILL_CHUNK - start % PREFILL_CHUNK)
+            self._pass([text], chunk - start, planned=self._reads_prompts)
+
+    def _pass(self, texts: list[Text], count: int | None, planned: bool) -> None:
+        """One pass of the next ``count`` tokens of each text; None is all that wait."""
+        while len(self._under_way) >= RESULTS:
+            with interrupts_deferred():
+                self._take_result()
+        ids = [text.waiting[:count] for text in texts]
+        pool = texts[0].cache.pool
+        assert isinstance(pool, LeadPool), "it was made before the model became a stage"
+        places = [self._place(text, len(new)) for text, new in zip(texts, ids, strict=True)]
+        work = Pass(
+            next(self._numbers), pool.number, pool.max_tokens, planned, places,
+            list(pool.copies), self._news(texts, places),
+        )  # fmt: skip
+        with interrupts_deferred():  # the message is sent and accounted for, or neither
+            message = self._outbox.take()
+            out = message.put_pass(work, self._hidden_size)
+        x = torch.tensor([token for new in ids for token in new])
+        try:
+            compute(self._model, work, x, [text.cache for text in texts], out)
+        except BaseException:
+            self._outbox.put_back(message)
+            raise
+        with interrupts_deferred():
+            self._outbox.send(message)
+            self._account(work, texts, ids, pool)
+
+    def _place(self, text: Text, count: int) -> Place:
+        cache = text.cache
+        table = cache.block_table
+        known = self._slot(cache).table
+        keep = len(known)
+        if table[:keep] != known:
+            keep = next(
+                (i for i, pair in enumerate(zip(known, table)) if pair[0] != pair[1]),
+                min(keep, len(table)),
+            )
+        length = len(text.tokens)
+        want = _want(text) if cache.length + count == length else Want.NOTHING
+        return Place(
+            self._slot(cache).number, cache.length, count, length, keep, table[keep:],
+            text.number, want,
+        )  # fmt: skip
+
+    def _slot(self, cache: Sequence) -> _Slot:
+        if cache not in self._slots:
+            self._slots[cache] = slot = _Slot(next(self._numbers))
+            weakref.finalize(cache, self._gone["slots"].append, slot.number)
+        return self._slots[cache]
+
+    def _news(self, texts: list[Text], places: list[Place]) -> dict[str, Any]:
+        """What the other stages have to hear about with this pass."""
+        news: dict[str, Any] = {name: list(numbers) for name, numbers in self._gone.items()}
+        news["texts"] = [
+            {
+                "number": text.number,
+                "sampling": asdict(text.sampling),
+                "recent": _recent(text),
+            }
+            for text, place in zip(texts, places, strict=True)
+            if place.want in (Want.TOKEN, Want.LOGPROBS)
+            and text.sampling is not None
+            and text.number not in self._known
+        ]
+        return {name: value for name, value in news.items() if value}
+
+    def _account(self, work: Pass, texts: list[Text], ids: list[list[int]], pool: LeadPool) -> None:
+        """Takes down that a pass was sent: from here on it counts."""
+        for name, numbers in self._gone.items():  # some may have come since it was written
+            del numbers[: len(work.news.get(name, ()))]
+        del pool.copies[: len(work.copies)]
+        if pool not in self._pools:
+            self._pools.add(pool)
+            weakref.finalize(pool, self._gone["pools"].append, pool.number)
+        for text, new in zip(texts, ids, strict=True):
+            self._slots[text.cache].table = list(text.cache.block_table)
+            text.cache.append(new)
+            self._texts[text.number] = text
+            self._results.pop(text.number, None)
+        for news in work.news.get("texts", ()):
+            self._known.add(news["number"])
+            text = self._texts[news["number"]]
+            weakref.finalize(text, self._forget_text, text.number)
+        if work.wants_result:
+            self._under_way.append(work.number)
+
+    def _forget_text(self, number: int) -> None:
+        self._known.discard(number)
+        self._results.pop(number, None)
+        self._gone["texts_gone"].append(number)
+
+    def _take_result(self) -> None:
+        """Waits for the oldest result that is under way."""
+        try:
+            message = self._inbox.next()
+        except PipelineError:
+            self._is_over = True
+            raise
+        if message.kind is Kind.CONTROL:
+            self._is_over = True
+            raise PipelineError(message.control().get("failed", "the pipeline has ended."))
+        number, drawn = message.read_result()
+        numbers = message.rows(self._vocab_size).clone()
+        self._inbox.give_back(message)
+        self._under_way.remove(number)
+        for text, token in drawn:
+            if text in self._texts:
+                self._results[text] = token, numbers[0] if len(numbers) else None
+
+
+class _Slot:
+    """A text's number among the stages, and the block table that they know."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.table: list[int] = []
+
+
+def _want(text: Text) -> Want:
+    if text.sampling is None:
+        return Want.LOGITS
+    return Want.LOGPROBS if text.logprobs else Want.TOKEN
+
+
+def _recent(text: Text) -> list[int]:
+    """The tokens of a text that its penalties look back at."""
+    sampling = text.sampling
+    if sampling is None or not sampling.logits_processors():
+        return []
+    return text.tokens[-sampling.repetition_context_size :]
+
+
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Ctrl-C while this is entered strikes when it is left."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    struck: list[tuple[int, FrameType | None]] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: struck.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if struck and callable(previous):
+            previous(*struck[0])

@@ -1,0 +1,69 @@
+"""The ring over torch.distributed's gloo, for machines that trust their network.
+
+``torchrun`` starts the processes and tells each its place. Its store listens on every interface and
+unpickles what it is sent, and nothing is encrypted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import PipelineError
+
+# A receive that times out closes its pair for good, and an idle chat may wait for days: liveness is
+# watched elsewhere.
+_NEVER = timedelta(days=3650)
+
+
+class GlooTransport:
+    """A ``Transport``. Needs the environment that torchrun sets; there can be one a process."""
+
+    def __init__(self) -> None:
+        """Joins the group. Raises PipelineError if that fails."""
+        try:
+            dist.init_process_group("gloo", timeout=_NEVER)
+        except (RuntimeError, ValueError) as error:
+            raise PipelineError(f"this rank could not join the others: {error}") from error
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self._next = (self.rank + 1) % self.world_size
+        self._before = (self.rank - 1) % self.world_size
+
+    def send(self, message: Tensor) -> _GlooTransfer:
+        return _GlooTransfer(dist.isend, message, self._next)
+
+    def receive(self, buffer: Tensor) -> _GlooTransfer:
+        # Gloo takes a message that is shorter than the buffer as it is (tested).
+        return _GlooTransfer(dist.irecv, buffer, self._before)
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class _GlooTransfer:
+    def __init__(self, begin: Callable[[Tensor, int], Any], tensor: Tensor, peer: int) -> None:
+        self._tensor = tensor  # gloo reads or writes it until it is done
+        self._peer = peer
+        with _link_to(peer):
+            self._work = begin(tensor, peer)
+
+    def wait(self) -> None:
+        with _link_to(self._peer):
+            self._work.wait()
+
+
+@contextmanager
+def _link_to(peer: int) -> Iterator[None]:
+    """Turns what torch raises about a link into PipelineError."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise PipelineError(f"the link to rank {peer} is gone ({reason}).") from error

@@ -1,0 +1,181 @@
+"""A rank behind the first: computes the passes that arrive and hands them on, until it is told."""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine import Choice
+from ..errors import PipelineError
+from ..models.base import CausalLM
+from ..sampling import SamplingParams
+from .message import Kind, Message, Pass, Want, pass_bytes, result_bytes
+from .stage import StageCache, compute
+from .transport import Transfer, Transport
+
+_BUFFERS = 2  # one is computed on while the other is under way
+RESULTS = 4
+"""Results that rank 0 has receives for, and so how many passes that want one may be under way."""
+
+
+class Outbox:
+    """Buffers that take turns; one is written to once its last message has left."""
+
+    def __init__(self, transport: Transport, capacity: int) -> None:
+        self._transport = transport
+        self._free = deque(Message(capacity) for _ in range(_BUFFERS))
+        self._leaving: deque[tuple[Message, Transfer]] = deque()
+
+    def take(self) -> Message:
+        """A message to write. Waits until one is free."""
+        if not self._free:
+            message, transfer = self._leaving.popleft()
+            transfer.wait()
+            self._free.append(message)
+        return self._free.popleft()
+
+    def send(self, message: Message) -> None:
+        """Starts to send what ``take`` gave."""
+        self._leaving.append((message, self._transport.send(message.bytes)))
+
+    def send_end(self, content: dict[str, Any], next_rank: int) -> None:
+        """Sends a last control message, once for each receive that waits for it, and waits."""
+        for _ in range(RESULTS if next_rank == 0 else _BUFFERS):
+            message = self.take()
+            message.put_control(content)
+            self.send(message)
+        self.flush()
+
+    def put_back(self, message: Message) -> None:
+        """Gives back unsent what ``take`` gave."""
+        self._free.append(message)
+
+    def flush(self) -> None:
+        """Returns when everything has left."""
+        while self._leaving:
+            message, transfer = self._leaving.popleft()
+            transfer.wait()
+            self._free.append(message)
+
+
+class Inbox:
+    """Receives that always wait ahead of their messages."""
+
+    def __init__(self, transport: Transport, capacity: int, buffers: int = _BUFFERS) -> None:
+        self._transport = transport
+        self._waiting: deque[tuple[Message, Transfer]] = deque()
+        for _ in range(buffers):
+            self.give_back(Message(capacity))
+
+    def next(self) -> Message:
+        """The next message; it is the caller's until it is given back."""
+        message, transfer = self._waiting[0]
+        transfer.wait()
+        self._waiting.popleft()
+        return message
+
+    def give_back(self, message: Message) -> None:
+        self._waiting.append((message, self._transport.receive(message.buffer)))
+
+    def drain(self) -> None:
+        """Takes what ``send_end`` sent besides the message that was taken already."""
+        while self._waiting:
+            self.next()
+
+
+class Chooser:
+    """Draws tokens on the last stage, for the texts whose settings it was told."""
+
+    def __init__(self) -> None:
+        self._texts: dict[int, tuple[Choice, list[int]]] = {}
+
+    def hear(self, news: dict[str, Any]) -> None:
+        """Takes up new texts, with the tokens that a repetition penalty looks back at."""
+        for number in news.get("texts_gone", ()):
+            self._texts.pop(number, None)
+        for text in news.get("texts", ()):
+            sampling = SamplingParams(**text["sampling"])
+            self._texts[text["number"]] = Choice.of(sampling), text["recent"]
+
+    def draw(self, text: int, logits: Tensor) -> tuple[int, Tensor]:
+        """(token, log-probabilities [V]) of logits [V]."""
+        choice, recent = self._texts[text]
+        token, logprobs = choice.draw(recent, logits)
+        recent.append(token)
+        return token, logprobs
+
+
+class Worker:
+    """One stage behind the first, with its model, and the links to its neighbours."""
+
+    def __init__(self, transport: Transport, model: CausalLM) -> None:
+        config = model.config
+        self._model = model
+        self._hidden_size = config.hidden_size
+        self._rank = transport.rank
+        self._next = (transport.rank + 1) % transport.world_size
+        self._cache = StageCache(model)
+        self._chooser = Chooser()
+        size = pass_bytes(config.hidden_size, model.max_kv_size)
+        self._inbox = Inbox(transport, size)
+        leaving = result_bytes(config.vocab_size) if model.part.has_head else size
+        self._outbox = Outbox(transport, leaving)
+
+    def run(self) -> bool:
+        """Works until rank 0 says that it is over; False if it is over because a stage failed.
+
+        Raises PipelineError if a neighbour is gone.
+        """
+        while True:
+            message = self._inbox.next()
+            if message.kind is Kind.CONTROL:
+                content = message.control()
+                if "failed" not in content:
+                    self._inbox.drain()
+                self._outbox.send_end(content, self._next)
+                return "failed" not in content
+            try:
+                self._work(message)
+            except PipelineError:
+                raise
+            except Exception as error:
+                failed = f"rank {self._rank} on {socket.gethostname()} failed: "
+                failed += f"{type(error).__name__}: {error}"
+                self._outbox.send_end({"failed": failed}, self._next)
+                raise
+            self._inbox.give_back(message)
+
+    def _work(self, message: Message) -> None:
+        work = message.read_pass()
+        cache = self._cache.follow(work)
+        x = message.rows(self._hidden_size)
+        if self._model.part.has_head:
+            self._finish(work, compute(self._model, work, x, list(cache), None))
+            return
+        answer = self._outbox.take()
+        out = answer.copy_pass(message, self._hidden_size)
+        compute(self._model, work, x, list(cache), out)
+        self._outbox.send(answer)
+
+    @torch.inference_mode()
+    def _finish(self, work: Pass, logits: Tensor) -> None:
+        self._chooser.hear(work.news)
+        if not work.wants_result:
+            return
+        drawn, rows = [], []
+        for place, row in zip(work.places, logits, strict=True):
+            token = -1
+            if place.want is Want.LOGITS:
+                rows.append(row)
+            else:
+                token, logprobs = self._chooser.draw(place.text, row)
+                if place.want is Want.LOGPROBS:
+                    rows.append(logprobs)
+            drawn.append((place.text, token))
+        answer = self._outbox.take()
+        answer.put_result(work.number, drawn, torch.stack(rows) if rows else None)
+        self._outbox.send(answer)

@@ -12,4 +12,7 @@ namespace q4metal::mps {
 // a batch must give the bits that one gives), language version 3.1, which has bfloat: macOS 14.
 std::unique_ptr<at::native::mps::MetalShaderLibrary> make_library(std::string source);
 
+// The id<MTLComputePipelineState> of a kernel; it lives as long as the library.
+const void* pipeline_state(at::native::mps::MetalShaderLibrary& library, const std::string& kernel);
+
 } // namespace q4metal::mps

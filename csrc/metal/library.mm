@@ -17,4 +17,10 @@ std::unique_ptr<at::native::mps::MetalShaderLibrary> make_library(std::string so
   return std::make_unique<at::native::mps::MetalShaderLibrary>(std::move(source), 0u, options);
 }
 
+// The pipeline's type is part of torch's symbols, so plain C++ could not ask for it.
+const void* pipeline_state(at::native::mps::MetalShaderLibrary& library,
+                           const std::string& kernel) {
+  return (__bridge const void*)library.getPipelineStateForFunc(kernel);
+}
+
 } // namespace q4metal::mps

@@ -10,19 +10,10 @@
 #include "../checks.h"
 #include "launch.h"
 #include "pipelines.h"
+#include "torch_dtype.h"
 
 namespace q4metal::mps {
 namespace {
-
-DType dtype_of(const at::Tensor& t) {
-  return t.scalar_type() == at::kHalf       ? DType::f16
-         : t.scalar_type() == at::kBFloat16 ? DType::bf16
-                                            : DType::f32;
-}
-
-at::ScalarType torch_dtype(DType dtype) {
-  return dtype == DType::f16 ? at::kHalf : dtype == DType::bf16 ? at::kBFloat16 : at::kFloat;
-}
 
 uint32_t dimension(int64_t size, const char* what) {
   TORCH_CHECK_VALUE(size <= std::numeric_limits<int32_t>::max(), what, " is ", size,
@@ -175,18 +166,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize(const at::Tensor& w, int
   return {weight, scales, biases};
 }
 
-// Without this, PYTORCH_ENABLE_MPS_FALLBACK would run a plan on the CPU.
-void decode_step(int64_t, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                 const at::Tensor&, const std::optional<at::Tensor>&, at::TensorList,
-                 at::Tensor&) {
-  TORCH_CHECK_NOT_IMPLEMENTED(false, "decode_step is not built for MPS; use the eager model there");
-}
-
 // (kernels, seconds that each took to compile) so far.
 std::tuple<std::vector<std::string>, std::vector<double>> metal_compile_log() {
   std::tuple<std::vector<std::string>, std::vector<double>> result;
   for (const auto& entry : compile_log()) {
-    std::get<0>(result).push_back(entry.kernel);
+    std::get<0>(result).push_back(entry.kernels);
     std::get<1>(result).push_back(entry.seconds);
   }
   return result;
@@ -201,7 +185,6 @@ TORCH_LIBRARY_IMPL(q4metal, MPS, m) {
   m.impl("embedding", &q4metal::mps::embedding);
   m.impl("dequantize", &q4metal::mps::dequantize);
   m.impl("quantize", &q4metal::mps::quantize);
-  m.impl("decode_step", &q4metal::mps::decode_step);
 }
 
 TORCH_LIBRARY_FRAGMENT(q4metal, m) {

@@ -1,8 +1,10 @@
 #include "pipelines.h"
 
 #include <chrono>
+#include <map>
 #include <mutex>
 #include <unordered_map>
+#include <utility>
 
 #include "kernel_text.h"
 #include "library.h"
@@ -22,6 +24,8 @@ struct Entry {
 struct Cache {
   std::mutex mutex;
   std::unordered_map<uint64_t, Entry> entries; // by KernelKey::packed
+  std::unordered_map<std::string, const void*> states;
+  std::vector<std::unique_ptr<MetalShaderLibrary>> libraries; // of the states
   std::vector<Compiled> log;
 
   static Cache& instance() {
@@ -30,21 +34,23 @@ struct Cache {
   }
 };
 
-Entry compile(const Kernel& kernel, std::vector<Compiled>& log) {
-  const char* text = family_text(kernel.family);
-  TORCH_CHECK(text != nullptr, "the extension has no kernel family '", kernel.family,
-              "'; build it again");
+// `use` asks the library for its kernels, which makes torch compile it.
+template <typename Use>
+std::unique_ptr<MetalShaderLibrary> compile(const char* family, const std::string& instantiations,
+                                            const std::string& names, const Use& use) {
+  const char* text = family_text(family);
+  TORCH_CHECK(text != nullptr, "the extension has no kernel family '", family, "'; build it again");
   const auto begin = std::chrono::steady_clock::now();
-  Entry entry{kernel.name, make_library(text + kernel.instantiation)};
+  auto library = make_library(text + instantiations);
   try {
-    entry.library->getKernelFunction(entry.name);
+    use(*library);
   } catch (const c10::Error& error) {
-    TORCH_CHECK(false, "the Metal kernel ", entry.name,
+    TORCH_CHECK(false, "the Metal kernel ", names,
                 " does not compile on this machine: ", error.what_without_backtrace());
   }
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
-  log.push_back({entry.name, seconds.count()});
-  return entry;
+  Cache::instance().log.push_back({names, seconds.count()});
+  return library;
 }
 
 } // namespace
@@ -53,9 +59,38 @@ std::shared_ptr<Function> pipeline(const KernelKey& key) {
   auto& cache = Cache::instance();
   const std::lock_guard lock(cache.mutex);
   auto found = cache.entries.find(key.packed());
-  if (found == cache.entries.end())
-    found = cache.entries.emplace(key.packed(), compile(kernel_of(key), cache.log)).first;
+  if (found == cache.entries.end()) {
+    const Kernel kernel = kernel_of(key);
+    auto library = compile(kernel.family, kernel.instantiation, kernel.name,
+                           [&](MetalShaderLibrary& made) { made.getKernelFunction(kernel.name); });
+    found = cache.entries.emplace(key.packed(), Entry{kernel.name, std::move(library)}).first;
+  }
   return found->second.library->getKernelFunction(found->second.name);
+}
+
+std::vector<const void*> pipeline_states(const std::vector<Kernel>& kernels) {
+  auto& cache = Cache::instance();
+  const std::lock_guard lock(cache.mutex);
+  std::map<std::string, std::map<std::string, std::string>> missing; // family, name, instantiation
+  for (const Kernel& kernel : kernels)
+    if (!cache.states.count(kernel.name))
+      missing[kernel.family][kernel.name] = kernel.instantiation;
+  for (const auto& [family, wanted] : missing) {
+    std::string instantiations, names;
+    for (const auto& [name, instantiation] : wanted) {
+      instantiations += instantiation;
+      names += (names.empty() ? "" : " ") + name;
+    }
+    cache.libraries.push_back(
+        compile(family.c_str(), instantiations, names, [&](MetalShaderLibrary& made) {
+          for (const auto& [name, instantiation] : wanted)
+            cache.states[name] = pipeline_state(made, name);
+        }));
+  }
+  std::vector<const void*> states;
+  for (const Kernel& kernel : kernels)
+    states.push_back(cache.states.at(kernel.name));
+  return states;
 }
 
 std::vector<Compiled> compile_log() {

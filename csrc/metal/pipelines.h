@@ -18,9 +18,13 @@ using Function = at::native::mps::MetalKernelFunction;
 // says, where it does not compile.
 std::shared_ptr<Function> pipeline(const KernelKey& key);
 
+// The compiled kernels as id<MTLComputePipelineState>, in the order given; they are never freed.
+// Kernels of one family are compiled together, each once. Errors as above.
+std::vector<const void*> pipeline_states(const std::vector<Kernel>& kernels);
+
 // What was compiled so far, in order.
 struct Compiled {
-  std::string kernel;
+  std::string kernels; // one, or several that were compiled together, separated by spaces
   double seconds;
 };
 std::vector<Compiled> compile_log();

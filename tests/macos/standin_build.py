@@ -7,6 +7,7 @@ import os
 import runpy
 import shlex
 import subprocess
+import sysconfig
 from functools import cache
 from pathlib import Path
 
@@ -16,36 +17,48 @@ from msl.build import MetalCompileError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BUILD = ROOT / "build" / "macos" / "standin"
-HOST_CODE = ["csrc/metal/ops_mps.mm", "csrc/metal/pipelines.cpp"]
-STANDIN = [
-    "tests/macos/standin/aten_mps.cpp",
-    "tests/macos/standin/kernels.cpp",
-    "tests/macos/standin/memory.cpp",
-    "tests/macos/standin/metal_shader_library.cpp",
-]
+# Compiled a unit at a time, so that torch's headers are read twice and not nine times. All of
+# csrc/metal is here but the two files that are Objective-C.
+UNITS = {
+    "host": [
+        "csrc/metal/decode_plan.cpp",
+        "csrc/metal/decode_step_mps.cpp",
+        "csrc/metal/ops_mps.mm",
+        "csrc/metal/pipelines.cpp",
+    ],
+    "torch": [
+        "tests/macos/standin/aten_mps.cpp",
+        "tests/macos/standin/memory.cpp",
+        "tests/macos/standin/metal_shader_library.cpp",
+    ],
+    "plan": [
+        "csrc/metal/encoder.cpp",
+        "csrc/plan/plan.cpp",
+        "tests/macos/standin/kernels.cpp",
+        "tests/macos/standin/plan_sink.cpp",
+    ],
+    "python": ["csrc/metal/bindings.cpp", "tests/macos/standin/module.cpp"],
+}
+FOLDERS = ("csrc", "csrc/metal", "csrc/plan", "tests/macos/standin", "tests/msl/runtime")
 _TORCH = Path(torch.__file__).parent
 _FLAGS = [
-    "-std=c++20", "-O0", "-g0", "-fPIC", "-Wall", "-DQ4METAL_STANDIN",
+    "-std=c++20", "-O0", "-g0", "-fPIC", "-Wall", "-fvisibility=hidden",
     f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
     "-isystem", str(_TORCH / "include"),
     "-isystem", str(_TORCH / "include/torch/csrc/api/include"),
+    "-isystem", sysconfig.get_path("include"),
 ]  # fmt: skip
 _COMPILER = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64)
 
 
-def _compile(source: Path, headers: str) -> Path:
-    key = hashlib.sha256(f"{_FLAGS}{torch.__version__}{headers}{source.read_text()}".encode())
-    target = BUILD / f"{source.stem}-{key.hexdigest()[:20]}.o"
+def _compile(name: str, files: list[Path], headers: str) -> Path:
+    content = "".join(file.read_text() for file in files)
+    key = hashlib.sha256(f"{_FLAGS}{torch.__version__}{headers}{content}".encode())
+    target = BUILD / f"{name}-{key.hexdigest()[:20]}.o"
     if not target.exists():
-        _run(
-            *_FLAGS,
-            "-x",
-            "c++",
-            "-c",
-            str(source),
-            "-o",
-            str(partial := target.with_suffix(".part")),
-        )
+        source, partial = target.with_suffix(".cpp"), target.with_suffix(".part")
+        source.write_text("".join(f'#include "{file}"\n' for file in files))
+        _run(*_FLAGS, "-c", str(source), "-o", str(partial))
         partial.replace(target)
     return target
 
@@ -61,21 +74,24 @@ def _run(*arguments: str) -> None:
 def build() -> Path:
     """The shared library: the host code, the embedded Metal text, and what stands in for torch."""
     BUILD.mkdir(parents=True, exist_ok=True)
-    text = BUILD / "kernel_text.cpp"
+    text = BUILD / "kernel_text.cc"
     runpy.run_path(str(ROOT / "csrc/metal/embed.py"))["write_source"](text)
-    folders = ("csrc", "csrc/metal", "csrc/plan", "tests/macos/standin", "tests/msl/runtime")
     headers = "".join(
-        path.read_text() for folder in folders for path in sorted((ROOT / folder).glob("*.h"))
+        path.read_text() for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.h"))
     )
-    sources = [text, *(ROOT / source for source in HOST_CODE + STANDIN)]
+    units = {name: [ROOT / file for file in files] for name, files in UNITS.items()}
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda source: str(_compile(source, headers)), sources))
+        made = [
+            pool.submit(_compile, name, files, headers)
+            for name, files in ({"text": [text]} | units).items()
+        ]
+    objects = [str(future.result()) for future in made]
     key = hashlib.sha256("".join(objects).encode()).hexdigest()[:20]
     target = BUILD / f"standin-{key}.so"
     if not target.exists():
         libraries = [f"-L{_TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
         partial = target.with_suffix(".part")
-        _run("-shared", "-Wl,--no-undefined", *objects, *libraries, "-o", str(partial))
+        _run("-shared", "-Wl,-z,now", *objects, *libraries, "-o", str(partial))
         partial.replace(target)
     return target
 

@@ -38,28 +38,49 @@ std::shared_ptr<msl::Library> compile(const std::string& text) {
   return std::make_shared<msl::Library>(answer.data());
 }
 
-void run(const Pipeline& pipeline, std::vector<Argument>& arguments, const uint64_t threads[3],
-         const uint64_t group[3]) {
-  note(pipeline.name, threads, group);
-  std::vector<msl_buffer> buffers(arguments.size());
-  for (size_t i = 0; i < arguments.size(); ++i) {
-    auto& a = arguments[i];
-    if (!a.bound)
-      continue;
-    buffers[i] = a.bytes.empty() ? msl_buffer{a.memory.data, a.memory.size, 0, 0}
-                                 : msl_buffer{a.bytes.data(), a.bytes.size(), MSL_READ_ONLY, 0};
+std::vector<Access> run(Call& call) {
+  note(call.pipeline.name, call.threads, call.group);
+  const auto& library = *call.pipeline.library;
+  std::vector<msl_buffer> buffers(call.arguments.size());
+  for (size_t i = 0; i < buffers.size(); ++i) {
+    auto& a = call.arguments[i];
+    if (a.bound)
+      buffers[i] = a.bytes.empty() ? msl_buffer{a.memory.data, a.memory.size, 0, 0}
+                                   : msl_buffer{a.bytes.data(), a.bytes.size(), MSL_READ_ONLY, 0};
   }
-  // Operators write into memory that they have just made: what it held before means nothing.
-  for (const auto* parameter : pipeline.library->parameters(pipeline.name))
-    if (!parameter->is_const && parameter->index < buffers.size())
+  const auto parameters = library.parameters(call.pipeline.name);
+  for (const auto* parameter : parameters)
+    if (call.has_fresh_outputs && !parameter->is_const && parameter->index < buffers.size())
       buffers[parameter->index].flags |= MSL_UNWRITTEN;
+  std::vector<msl_buffer> resident;
+  for (const Range& range : call.resident)
+    resident.push_back({range.data, range.size, 0, 0});
   msl_dispatch dispatch{};
-  dispatch.kernel = pipeline.name.c_str();
-  std::copy_n(threads, 3, dispatch.threads);
-  std::copy_n(group, 3, dispatch.threads_per_threadgroup);
+  dispatch.kernel = call.pipeline.name.c_str();
+  std::copy_n(call.threads, 3, dispatch.threads);
+  std::copy_n(call.group, 3, dispatch.threads_per_threadgroup);
   dispatch.buffers = buffers.data();
   dispatch.buffer_count = uint32_t(buffers.size());
-  pipeline.library->run(dispatch);
+  dispatch.resident = resident.data();
+  dispatch.resident_count = uint32_t(resident.size());
+  library.run(dispatch);
+
+  std::vector<Access> accesses;
+  const auto add = [&](const msl_buffer& buffer, uint64_t begin, uint64_t end, bool written) {
+    const auto* data = static_cast<const std::byte*>(buffer.data);
+    accesses.push_back({data + begin, data + end, written});
+  };
+  const size_t count = buffers.size() + resident.size();
+  for (size_t n = 0; n < count && library.checks(); ++n)
+    for (const bool written : {false, true})
+      for (const auto& range : library.touched(uint32_t(n), written))
+        add(n < buffers.size() ? buffers[n] : resident[n - buffers.size()], range.begin, range.end,
+            written);
+  if (!library.checks())
+    for (const auto* parameter : parameters)
+      if (parameter->index < buffers.size() && buffers[parameter->index].data != nullptr)
+        add(buffers[parameter->index], 0, 1, !parameter->is_const);
+  return accesses;
 }
 
 } // namespace standin

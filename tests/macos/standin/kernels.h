@@ -28,9 +28,25 @@ struct Argument {
   bool bound = false;
 };
 
-// Runs a kernel over a grid counted in threads and notes it. Throws std::runtime_error with what
-// the executor found.
-void run(const Pipeline& pipeline, std::vector<Argument>& arguments, const uint64_t threads[3],
-         const uint64_t group[3]);
+// A kernel with all that is bound to it, over a grid counted in threads.
+struct Call {
+  Pipeline pipeline;
+  std::vector<Argument> arguments;
+  std::vector<Range> resident; // memory that it reaches through addresses in its arguments
+  uint64_t threads[3];
+  uint64_t group[3];
+  // Whether its outputs were just made, so that what they hold means nothing.
+  bool has_fresh_outputs;
+};
+
+// Bytes of host memory that a call has read, or written.
+struct Access {
+  const std::byte *begin, *end;
+  bool written;
+};
+
+// Runs the call and notes it. The check build gives every byte that was touched; the typed build
+// one byte for each binding, its first. Throws std::runtime_error with what the executor found.
+std::vector<Access> run(Call& call);
 
 } // namespace standin

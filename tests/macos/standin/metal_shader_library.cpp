@@ -27,6 +27,18 @@ struct Encoding {
   }
 };
 
+Pipeline pipeline(void* library, const std::string& name) {
+  const auto& compiled = *static_cast<std::shared_ptr<msl::Library>*>(library);
+  TORCH_CHECK(compiled->has(name), "no kernel is called ", name);
+  return {compiled, name};
+}
+
+// The library's handle is for its own class and for those that derive from it.
+struct Opened : at::native::mps::MetalShaderLibrary {
+  using MetalShaderLibrary::MetalShaderLibrary;
+  void* handle() { return getLibrary(); }
+};
+
 } // namespace
 } // namespace standin
 
@@ -82,19 +94,30 @@ void MetalKernelFunction::dispatch(c10::ArrayRef<uint64_t> length,
   TORCH_CHECK(groups[0] * groups[1] * groups[2] <= standin::kMaxThreads, "threadgroups of ",
               groups[0] * groups[1] * groups[2], " threads are too large");
   auto& encoding = *static_cast<Encoding*>(encoder);
+  standin::Call call{encoding.pipeline, encoding.arguments, {}, {}, {}, true};
+  std::copy_n(threads, 3, call.threads);
+  std::copy_n(groups, 3, call.group);
   try {
-    standin::run(encoding.pipeline, encoding.arguments, threads, groups);
+    standin::run(call);
   } catch (const std::runtime_error& error) {
     TORCH_CHECK(false, error.what());
   }
+}
+
+void* get_tensor_gpu_address(const at::TensorBase& tensor) {
+  return standin::bytes_of(tensor).data;
 }
 
 // torch never destroys a library that is in use, and neither do the tests.
 MetalShaderLibrary::~MetalShaderLibrary() = default;
 
 MTLLibrary_t MetalShaderLibrary::getLibrary() {
-  if (library == nullptr)
-    library = new std::shared_ptr<msl::Library>(standin::compile(shaderSource));
+  try {
+    if (library == nullptr)
+      library = new std::shared_ptr<msl::Library>(standin::compile(shaderSource));
+  } catch (const std::runtime_error& error) {
+    TORCH_CHECK(false, error.what());
+  }
   return library;
 }
 
@@ -104,19 +127,19 @@ MTLLibrary_t MetalShaderLibrary::getLibrary(const std::initializer_list<std::str
 
 std::shared_ptr<MetalKernelFunction>
 MetalShaderLibrary::getKernelFunction(const std::string& name) {
-  try {
-    const auto& compiled = *static_cast<std::shared_ptr<msl::Library>*>(getLibrary());
-    TORCH_CHECK(compiled->has(name), "no kernel is called ", name);
-    return std::make_shared<MetalKernelFunction>(new Encoding{{compiled, name}, false, {}},
-                                                 nullptr);
-  } catch (const std::runtime_error& error) {
-    TORCH_CHECK(false, error.what());
-  }
+  const auto pipeline = standin::pipeline(getLibrary(), name);
+  return std::make_shared<MetalKernelFunction>(new Encoding{pipeline, false, {}}, nullptr);
 }
 
 } // namespace at::native::mps
 
 std::unique_ptr<at::native::mps::MetalShaderLibrary>
 q4metal::mps::make_library(std::string source) {
-  return std::make_unique<at::native::mps::MetalShaderLibrary>(std::move(source));
+  return std::make_unique<standin::Opened>(std::move(source));
+}
+
+const void* q4metal::mps::pipeline_state(at::native::mps::MetalShaderLibrary& library,
+                                         const std::string& kernel) {
+  void* handle = static_cast<standin::Opened&>(library).handle();
+  return new standin::Pipeline(standin::pipeline(handle, kernel));
 }

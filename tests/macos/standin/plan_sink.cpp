@@ -1,0 +1,111 @@
+// The sink of decode plans without a GPU: commands wait for the next barrier, as a concurrent
+// encoder may let them, and then run last one first. Two of them that touch the same memory, one
+// of them writing, are an error: a barrier is missing.
+#include "../../../csrc/metal/sink.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "kernels.h"
+
+namespace standin {
+namespace {
+
+struct Statistics {
+  int64_t submissions = 0, dispatches = 0, barriers = 0;
+};
+
+Statistics statistics;
+int64_t ignored_barrier = -1; // of each submission, counted from 0: a test removes it
+
+class PlanSink final : public q4metal::mps::CommandSink {
+public:
+  void pipeline(const void* state) override {
+    next_ = {};
+    next_.pipeline = *static_cast<const Pipeline*>(state);
+  }
+
+  void buffer(unsigned index, q4metal::mps::Memory memory) override {
+    argument(index).memory = bytes_of(memory.buffer, memory.offset);
+  }
+
+  void bytes(unsigned index, const void* data, size_t size) override {
+    if (size == 0 || size > 4096)
+      throw std::runtime_error("setBytes takes 1 to 4096 bytes, not " + std::to_string(size));
+    const auto* bytes = static_cast<const std::byte*>(data);
+    argument(index).bytes.assign(bytes, bytes + size);
+  }
+
+  void resident(q4metal::mps::Memory memory, bool) override {
+    next_.resident.push_back(bytes_of(memory.buffer, memory.offset));
+  }
+
+  void dispatch(const q4metal::mps::Launch& launch) override {
+    for (int axis = 0; axis < 3; ++axis) {
+      next_.threads[axis] = launch.total(axis);
+      next_.group[axis] = launch.threads[axis];
+    }
+    waiting_.push_back(next_);
+    ++statistics.dispatches;
+  }
+
+  void barrier() override {
+    ++statistics.barriers;
+    if (barriers_++ != ignored_barrier)
+      finish();
+  }
+
+  void finish() {
+    std::vector<std::pair<Access, std::string>> touched;
+    for (auto call = waiting_.rbegin(); call != waiting_.rend(); ++call) {
+      const auto accesses = run(*call);
+      for (const Access& a : accesses)
+        for (const auto& [b, other] : touched)
+          if ((a.written || b.written) && a.begin < b.end && b.begin < a.end)
+            throw std::runtime_error("no barrier between " + call->pipeline.name + " and " + other +
+                                     ", which use the same memory");
+      for (const Access& a : accesses)
+        touched.emplace_back(a, call->pipeline.name);
+    }
+    waiting_.clear();
+  }
+
+private:
+  Argument& argument(unsigned index) {
+    if (next_.arguments.size() <= index)
+      next_.arguments.resize(index + 1);
+    next_.arguments[index] = {};
+    next_.arguments[index].bound = true;
+    return next_.arguments[index];
+  }
+
+  Call next_{};
+  std::vector<Call> waiting_;
+  int64_t barriers_ = 0;
+};
+
+} // namespace
+} // namespace standin
+
+namespace q4metal::mps {
+
+void submit(const std::function<void(CommandSink&)>& encode) {
+  ++standin::statistics.submissions;
+  standin::PlanSink sink;
+  encode(sink);
+  sink.finish();
+}
+
+std::optional<std::string> take_failure() { return std::nullopt; }
+
+} // namespace q4metal::mps
+
+// Submissions, dispatches and barriers of plans so far.
+extern "C" void standin_plan_statistics(int64_t* three) {
+  three[0] = standin::statistics.submissions;
+  three[1] = standin::statistics.dispatches;
+  three[2] = standin::statistics.barriers;
+}
+
+// From now on the barrier of this number (from 0) of each submission is not there; -1: all are.
+extern "C" void standin_ignore_barrier(int64_t number) { standin::ignored_barrier = number; }

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -58,7 +59,10 @@ class QueueTransfer:
 
 @contextmanager
 def threads_ring(path: Path, ranges: list[range], **options: Any) -> Iterator[CausalLM]:
-    """Rank 0's model; the other ranks are threads. ``options`` are those of ``load_model``."""
+    """Rank 0's model, with its ``ring``; the other ranks are threads.
+
+    ``options`` are those of ``load_model``, and ``eager``.
+    """
     eager = options.pop("eager", False)
     models = [load_model(path, layers=part, **options) for part in ranges]
     for model in models:
@@ -67,13 +71,18 @@ def threads_ring(path: Path, ranges: list[range], **options: Any) -> Iterator[Ca
     reads_prompts = all(plan is not None and plan.reads_prompts for plan in plans)
     links: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in ranges]
     transports = [QueueTransport(rank, links) for rank in range(len(ranges))]
-    threads = [
-        threading.Thread(target=_serve, args=(transport, model), daemon=True)
+    workers = [
+        Worker(transport, model)
         for transport, model in zip(transports[1:], models[1:], strict=True)
+    ]
+    threads = [
+        threading.Thread(target=_serve, args=(worker, transport), daemon=True)
+        for worker, transport in zip(workers, transports[1:], strict=True)
     ]
     for thread in threads:
         thread.start()
     driver = Driver(transports[0], models[0], [{"reads_prompts": reads_prompts}])
+    models[0].ring = SimpleNamespace(workers=workers, transports=transports)  # for tests
     try:
         yield models[0]
     finally:
@@ -83,10 +92,9 @@ def threads_ring(path: Path, ranges: list[range], **options: Any) -> Iterator[Ca
             assert not thread.is_alive()
 
 
-def _serve(transport: QueueTransport, model: CausalLM) -> None:
+def _serve(worker: Worker, transport: QueueTransport) -> None:
     torch.set_num_threads(1)
     try:
-        Worker(transport, model).run()
-    except Exception:
+        worker.run()
+    except Exception:  # as if the process had ended
         transport.close()
-        raise

@@ -15,6 +15,7 @@
 //   plan_gate_up     0-3 gate  4-7 up  8 gamma  9 hidden  10 activation  11 MatrixArgs
 //   plan_head        0-3 matrix  4 gamma  5 hidden  6 logits  7 MatrixArgs
 //   plan_argmax      0 logits  1 tokens int64 [R]  2 ArgmaxArgs
+//   plan_sample      0 logits  1 sampling Sampling [R]  2 positions  3 tokens  4 ArgmaxArgs
 //   plan_copy        0 from  1 to  2 CopyArgs                       (take_hidden and give_hidden)
 // float32, rows contiguous: hidden [R, H], queries and attention's out [R, heads * head_dim], rope
 // [R, 2, head_dim] (cos, sin), activation [R, I], logits [R, V], partial [R, chunks, heads,
@@ -86,6 +87,19 @@ struct ArgmaxArgs {
 };
 static_assert(sizeof(ArgmaxArgs) == 4, "the host and the kernels must agree");
 
+// How a row's token is drawn (sampling.py). Filters look at the probabilities as they are, the
+// temperature comes last. Ties at the edge of a filter are all kept. The random numbers are
+// Philox's at (token, position) under the seed: a position draws the same however it is reached.
+struct Sampling {
+  float temperature; // 0: the likeliest token
+  float top_p;       // 0 or 1: all
+  float min_p;       // 0: all
+  uint32_t top_k;    // 0: all
+  uint32_t seed_low;
+  uint32_t seed_high;
+};
+static_assert(sizeof(Sampling) == 24, "the host and the kernels must agree");
+
 struct CopyArgs {
   uint32_t count; // floats
 };
@@ -104,8 +118,8 @@ Q4_CONSTANT int kSingleChunks = 8;
 Q4_CONSTANT int kSplitSimdgroups = 4; // chunks of a threadgroup beyond
 Q4_CONSTANT int kMaxSharedHeads = 8;  // query heads that read a chunk together
 
-Q4_CONSTANT int kPairFeatures = 2; // of gate, and of up, a simdgroup
-Q4_CONSTANT int kArgmaxThreads = 1024;
+Q4_CONSTANT int kPairFeatures = 2;    // of gate, and of up, a simdgroup
+Q4_CONSTANT int kTokenThreads = 1024; // of plan_argmax and plan_sample, which take one row each
 Q4_CONSTANT int kCopyThreads = 256;
 
 #ifndef __METAL_VERSION__
@@ -163,8 +177,9 @@ constexpr Launch gate_up_launch(int64_t out_features) {
 
 constexpr Launch head_launch(int64_t vocab_size) { return matvec_launch(vocab_size); }
 
-constexpr Launch argmax_launch(int64_t rows) {
-  return Launch{{uint32_t(rows), 1, 1}, {uint32_t(kArgmaxThreads), 1, 1}};
+// plan_argmax and plan_sample.
+constexpr Launch token_launch(int64_t rows) {
+  return Launch{{uint32_t(rows), 1, 1}, {uint32_t(kTokenThreads), 1, 1}};
 }
 
 constexpr Launch copy_launch(int64_t count) {
@@ -252,6 +267,7 @@ inline Kernel head_kernel(const Format& matrix, int rows) {
 
 // Not templates: the family's text holds them as they are.
 inline Kernel argmax_kernel() { return {"plan_token", "plan_argmax", ""}; }
+inline Kernel sample_kernel() { return {"plan_sample", "plan_sample", ""}; }
 inline Kernel copy_kernel() { return {"plan_token", "plan_copy", ""}; }
 
 #endif

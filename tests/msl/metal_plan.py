@@ -20,7 +20,7 @@ from .metal_ops import DTYPES, METAL, Kernel, array_of
 
 STEPS = (
     "embed", "qkv", "attention", "attention_split", "attention_combine", "residual", "gate_up",
-    "head", "argmax", "copy",
+    "head", "argmax", "sample", "copy",
 )  # fmt: skip
 
 _ABI = r"""
@@ -44,6 +44,7 @@ static Kernel kernel_at(int step, const int* a) {
   case 6: return gate_up_kernel(format(a), format(a + 3), a[10]);
   case 7: return head_kernel(format(a), a[10]);
   case 8: return argmax_kernel();
+  case 9: return sample_kernel();
   default: return copy_kernel();
   }
 }
@@ -64,7 +65,7 @@ extern "C" void launch(int step, const int64_t* a, uint32_t* six) {
                    : step == 5 ? residual_launch(a[1])
                    : step == 6 ? gate_up_launch(a[1])
                    : step == 7 ? head_launch(a[1])
-                   : step == 8 ? argmax_launch(a[0])
+                   : step <= 9 ? token_launch(a[0])
                                : copy_launch(a[1]);
   std::copy(l.groups, l.groups + 3, six);
   std::copy(l.threads, l.threads + 3, six + 3);
@@ -177,6 +178,21 @@ class Cache:
         _, layers, blocks, kv_heads, _, head_dim = self.slabs[0].shape
         stride = self.block_tables.shape[1]
         return struct.pack("<6I", self.layer, layers, kv_heads, head_dim, stride, blocks)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a row's token is drawn; see Sampling in plan_launch.h."""
+
+    temperature: float = 1.0
+    top_p: float = 0.0
+    min_p: float = 0.0
+    top_k: int = 0
+    seed: int = 0
+
+    def packed(self) -> bytes:
+        parts = (self.temperature, self.top_p, self.min_p, self.top_k)
+        return struct.pack("<3fIQ", *parts, self.seed)
 
 
 class PlanRunner:
@@ -297,6 +313,15 @@ class PlanRunner:
         buffers = [array_of(logits), Unwritten(array_of(tokens))]
         args = struct.pack("<I", logits.shape[1])
         self._run("argmax", plan_kernel("argmax"), [logits.shape[0]], [*buffers, args])
+        return tokens
+
+    def sample(self, logits: Tensor, settings: Sequence[Settings], positions: Tensor) -> Tensor:
+        tokens = torch.full((logits.shape[0],), -1, dtype=torch.int64)
+        sampling = b"".join(s.packed() for s in settings)
+        inputs = [array_of(logits), sampling, array_of(positions)]
+        args = struct.pack("<I", logits.shape[1])
+        buffers = [*inputs, Unwritten(array_of(tokens)), args]
+        self._run("sample", plan_kernel("sample"), [logits.shape[0]], buffers)
         return tokens
 
     def copy(self, values: Tensor) -> Tensor:

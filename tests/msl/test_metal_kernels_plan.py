@@ -8,8 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from torch_q4metal import sampling
+
 from .metal_ops import DTYPES, Kernel
-from .metal_plan import Cache, Matrix, PlanRunner, compile_plan, plan_kernel, shared_heads
+from .metal_plan import (
+    Cache,
+    Matrix,
+    PlanRunner,
+    Settings,
+    compile_plan,
+    plan_kernel,
+    shared_heads,
+)
 from .operands import codes_of, random_packed, vector
 
 F32, F16, BF16 = DTYPES
@@ -293,6 +303,74 @@ def test_argmax_is_the_first_of_the_largest() -> None:
             logits[1] = -float("inf")
             logits[2] = 0.5
             assert runner.argmax(logits).tolist() == logits.argmax(-1).tolist(), size
+
+
+def philox(token: int, position: int, seed: int) -> int:
+    """Philox4x32-10 in Python."""
+    c = [token, position & 0xFFFFFFFF, position >> 32, 0]
+    k = [seed & 0xFFFFFFFF, seed >> 32]
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [b >> 32 ^ c[1] ^ k[0], b & 0xFFFFFFFF, a >> 32 ^ c[3] ^ k[1], a & 0xFFFFFFFF]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return c[0]
+
+
+def kept(logits: Tensor, s: Settings) -> Tensor:
+    """Which tokens sampling.py would draw from."""
+    logprobs = logits.log_softmax(-1)
+    if 0 < s.top_p < 1:
+        logprobs = sampling.apply_top_p(logprobs, s.top_p)
+    if s.min_p > 0:
+        logprobs = sampling.apply_min_p(logprobs, s.min_p)
+    if s.top_k > 0:
+        logprobs = sampling.apply_top_k(logprobs, s.top_k)
+    return logprobs > -float("inf")
+
+
+def drawn(logits: Tensor, s: Settings, position: int) -> int:
+    noise = [(philox(i, position, s.seed) >> 9) + 0.5 for i in range(len(logits))]
+    gumbel = -(-(torch.tensor(noise, dtype=torch.float64) * 2.0**-23).log()).log()
+    scores = logits.double() / s.temperature + gumbel
+    return int(scores.masked_fill(~kept(logits, s), -float("inf")).argmax())
+
+
+def test_philox_has_its_authors_known_answer() -> None:
+    assert philox(0, 0, 0) == 0x6627E8D5
+
+
+SETTINGS = [
+    Settings(), Settings(0.7, 0.8, 0.0, 20, 2**40 + 3), Settings(1.3, 0.95, 0.0, 0, 7),
+    Settings(0.5, 0.0, 0.05, 0, 8), Settings(2.0, 0.0, 0.0, 3, 9), Settings(1.0, 0.9, 0.1, 5, 10),
+    Settings(1.0, 0.0001, 0.0, 0, 11), Settings(0.0, 0.5, 0.5, 5, 12),
+]  # fmt: skip
+
+
+def test_sample_draws_what_the_filters_leave_with_philox_noise() -> None:
+    for runner in token_runners("sample"):
+        for size, spread in ((1, 1.0), (40, 2.0), (1500, 3.0)):
+            logits = spread * torch.randn(len(SETTINGS), size)
+            positions = torch.randint(2**33, (len(SETTINGS),))
+            tokens = runner.sample(logits, SETTINGS, positions).tolist()
+            for m, s in enumerate(SETTINGS):
+                greedy = s.temperature == 0
+                wanted = (
+                    int(logits[m].argmax()) if greedy else drawn(logits[m], s, int(positions[m]))
+                )
+                assert tokens[m] == wanted, (size, s)
+
+
+def test_sample_has_the_probabilities_of_the_softmax() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, 2.0]])
+    runner, count = PlanRunner(compile_plan([plan_kernel("sample")])), 2000
+    rows = logits.repeat(8, 1)
+    tokens = []
+    for first in range(0, count, 8):
+        tokens.append(runner.sample(rows, [Settings(1.5, seed=5)] * 8, torch.arange(8) + first))
+    shares = torch.cat(tokens).bincount(minlength=5) / count
+    expected = (logits[0] / 1.5).softmax(-1)
+    # Five standard deviations.
+    assert ((shares - expected).abs() <= 5 * (expected / count).sqrt()).all(), shares
 
 
 def test_copy() -> None:

@@ -177,10 +177,11 @@ constexpr Launch gate_up_launch(int64_t out_features) {
 
 constexpr Launch head_launch(int64_t vocab_size) { return matvec_launch(vocab_size); }
 
-// plan_argmax and plan_sample.
-constexpr Launch token_launch(int64_t rows) {
+constexpr Launch argmax_launch(int64_t rows) {
   return Launch{{uint32_t(rows), 1, 1}, {uint32_t(kTokenThreads), 1, 1}};
 }
+
+constexpr Launch sample_launch(int64_t rows) { return argmax_launch(rows); }
 
 constexpr Launch copy_launch(int64_t count) {
   return Launch{{div_up(count, kCopyThreads), 1, 1}, {uint32_t(kCopyThreads), 1, 1}};

@@ -65,7 +65,8 @@ extern "C" void launch(int step, const int64_t* a, uint32_t* six) {
                    : step == 5 ? residual_launch(a[1])
                    : step == 6 ? gate_up_launch(a[1])
                    : step == 7 ? head_launch(a[1])
-                   : step <= 9 ? token_launch(a[0])
+                   : step == 8 ? argmax_launch(a[0])
+                   : step == 9 ? sample_launch(a[0])
                                : copy_launch(a[1]);
   std::copy(l.groups, l.groups + 3, six);
   std::copy(l.threads, l.threads + 3, six + 3);

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import tempfile
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
@@ -213,7 +214,7 @@ def _runtime(mode: str) -> str:
         parts = _EXECUTOR + (_CHECKER if mode == "check" else [])
         text = "".join(f'#include "{RUNTIME}/{name}.cpp"\n' for name in parts)
         macros = ["-DMSL_CHECK"] if mode == "check" else []
-        partial = target.with_suffix(f".{os.getpid()}")
+        partial = target.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
         _run(["c++", *_RUNTIME_FLAGS, *macros, "-x", "c++", "-c", "-", "-o", str(partial)], text)
         partial.replace(target)
     return str(target)

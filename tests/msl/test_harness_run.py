@@ -164,6 +164,15 @@ def test_pointers_lead_to_resident_memory_only() -> None:
         compiled("check").run("far", 1, 1, [np.zeros(1, np.uint64), y])
 
 
+def test_memory_that_is_bound_and_resident_is_one() -> None:
+    x = np.array([5, 0], np.float32)
+    address = np.array([x.ctypes.data], np.uint64)
+    done = compiled("check").run("far", 1, 1, [address, (x, 1)], resident=[x])
+    assert x[1] == 5
+    assert done.read[1] + done.read[2] == [(0, 4)]
+    assert done.written[1] == [(0, 4)] or done.written[2] == [(4, 8)]
+
+
 def test_a_build_is_kept_and_follows_its_includes(tmp_path: Path) -> None:
     (tmp_path / "factor.h").write_text("#define FACTOR 2\n")
     kernel = tmp_path / "k.metal"

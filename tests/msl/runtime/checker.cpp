@@ -54,15 +54,19 @@ int distance(const Moment& a, const Moment& b) {
   return a.thread != b.thread;
 }
 
-void note_read(Byte& byte, const Moment& m) {
+void note_read(Byte& byte, const Moment& m, bool atomic) {
+  int slot;
   if (byte.reads == 0 || ordered(byte.read[0], m)) {
-    byte.read[0] = m;
-    byte.reads = std::max<uint8_t>(byte.reads, 1);
+    slot = 0;
   } else if (byte.reads == 1 || ordered(byte.read[1], m) ||
              distance(byte.read[0], m) > distance(byte.read[0], byte.read[1])) {
-    byte.read[1] = m;
-    byte.reads = 2;
+    slot = 1;
+  } else {
+    return;
   }
+  byte.read[slot] = m;
+  byte.read_atomic[slot] = atomic;
+  byte.reads = std::max<uint8_t>(byte.reads, slot + 1);
 }
 
 struct Access {
@@ -102,9 +106,9 @@ void follow(Byte& byte, const Access& a, const Moment& m, const std::string& nam
     fail("race: " + described(a) + in(address, begin, name) + place(a) +
          other(byte.write, "wrote"));
   if (!a.write)
-    return note_read(byte, m);
+    return note_read(byte, m, a.atomic);
   for (int i = 0; i < byte.reads; i++)
-    if (!a.atomic && !ordered(byte.read[i], m))
+    if (!(a.atomic && byte.read_atomic[i]) && !ordered(byte.read[i], m))
       fail("race: " + described(a) + in(address, begin, name) + place(a) +
            other(byte.read[i], "read"));
   byte.write = m;
@@ -178,12 +182,12 @@ void check(const Access& a) {
   for (Block& v : state.variables)
     if (inside(a, v.begin, v.end))
       return check_variable(v, a);
-  for (Block& b : state.blocks)
-    if (inside(a, b.begin, b.end)) {
-      state.last = &b;
-      check_device(b, a);
-      return;
-    }
+  auto next = std::upper_bound(state.blocks.begin(), state.blocks.end(), a.address,
+                               [](uint64_t address, const Block& b) { return address < b.begin; });
+  if (next != state.blocks.begin() && inside(a, (next - 1)->begin, (next - 1)->end)) {
+    state.last = &*(next - 1);
+    return check_device(*state.last, a);
+  }
   if (inside(a, reinterpret_cast<uint64_t>(__ehdr_start), reinterpret_cast<uint64_t>(_end)))
     return;
   out_of_bounds(a);
@@ -211,13 +215,21 @@ Block moved(uint64_t original, uint64_t size, bool shared) {
 
 Region make_region(const msl_buffer& buffer, std::string name, bool writable) {
   const auto begin = reinterpret_cast<uint64_t>(buffer.data);
+  const uint64_t size = buffer.data ? buffer.size : 0;
   return {begin,
-          begin + buffer.size,
+          begin + size,
           std::move(name),
           writable && !(buffer.flags & MSL_READ_ONLY),
           (buffer.flags & MSL_UNWRITTEN) != 0,
-          Touched(buffer.size),
-          Touched(buffer.size)};
+          Touched(size),
+          Touched(size)};
+}
+
+void move_region(Region& r, uint64_t by) {
+  r.begin += by;
+  r.end += by;
+  if (r.unwritten && by)
+    memset(reinterpret_cast<void*>(r.begin), 0xFF, r.end - r.begin);
 }
 
 void make_regions(const msl_dispatch& d, const msl_kernel_entry& kernel) {
@@ -239,41 +251,34 @@ void make_regions(const msl_dispatch& d, const msl_kernel_entry& kernel) {
         make_region(d.resident[n], "resident(" + std::to_string(n) + ")", true));
 }
 
-// Overlapping buffers stay together. What pointers in other buffers lead to can't be moved.
+// Overlapping buffers stay together. What pointers in other buffers lead to (the resident ones)
+// can't be moved.
 void make_blocks(const msl_dispatch& d) {
   state.blocks.clear();
   std::vector<uint32_t> order;
-  for (uint32_t i = 0; i < d.buffer_count; i++)
-    if (d.buffers[i].data)
+  for (uint32_t i = 0; i < state.regions.size(); i++)
+    if (state.regions[i].begin != state.regions[i].end)
       order.push_back(i);
   std::sort(order.begin(), order.end(),
             [](uint32_t a, uint32_t b) { return state.regions[a].begin < state.regions[b].begin; });
-  for (size_t i = 0; i < order.size();) {
+  for (size_t i = 0, j; i < order.size(); i = j) {
     const uint64_t begin = state.regions[order[i]].begin;
-    uint64_t end = state.regions[order[i]].end;
-    bool shared = false;
-    size_t j = i;
-    for (; j < order.size() && (j == i || state.regions[order[j]].begin < end); j++) {
+    uint64_t end = begin;
+    bool shared = false, in_place = false;
+    for (j = i; j < order.size() && (j == i || state.regions[order[j]].begin < end); j++) {
       end = std::max(end, state.regions[order[j]].end);
       shared |= state.regions[order[j]].writable;
+      in_place |= order[j] >= d.buffer_count;
     }
-    Block block = moved(begin, end - begin, shared);
+    Block block = in_place ? make_block(begin, end, shared) : moved(begin, end - begin, shared);
     if (j == i + 1)
       block.only = &state.regions[order[i]];
-    for (; i < j; i++) {
-      Region& r = state.regions[order[i]];
-      const uint64_t offset = r.begin - begin, size = r.end - r.begin;
-      r.begin = block.begin + offset;
-      r.end = r.begin + size;
-      if (r.unwritten)
-        memset(reinterpret_cast<void*>(r.begin), 0xFF, size);
-    }
+    for (size_t k = i; k < j; k++)
+      move_region(state.regions[order[k]], block.begin - begin);
     state.blocks.push_back(std::move(block));
   }
-  for (uint32_t n = 0; n < d.resident_count; n++) {
-    const Region& r = state.regions[d.buffer_count + n];
-    state.blocks.push_back(make_block(r.begin, r.end, r.writable));
-  }
+  std::sort(state.blocks.begin(), state.blocks.end(),
+            [](const Block& a, const Block& b) { return a.begin < b.begin; });
 }
 
 } // namespace
@@ -295,6 +300,8 @@ void end(const msl_dispatch& d, bool) {
   state.on = false;
   for (uint32_t n = 0; n < d.buffer_count; n++) {
     const Region& r = state.regions[n];
+    if (r.begin == reinterpret_cast<uint64_t>(d.buffers[n].data))
+      continue; // it wasn't moved
     for (const msl_range& w : r.written.ranges())
       memcpy(static_cast<char*>(d.buffers[n].data) + w.begin,
              reinterpret_cast<char*>(r.begin) + w.begin, w.end - w.begin);

@@ -90,15 +90,11 @@ void reschedule() {
 void lane_main() {
   Executor& e = *executor;
   e.kernel->run();
-  Lane& lane = e.lanes[e.current];
-  lane.state = State::kDone;
-  e.simdgroups[lane.context.simdgroup].exited++;
+  e.lanes[e.current].state = State::kDone;
   if (++e.done == e.count) {
     void* dead;
     msl_switch(&dead, e.main_stack);
   }
-  if (e.simdgroups[lane.context.simdgroup].arrived || e.at_barrier)
-    diverged();
   reschedule();
   __builtin_trap();
 }
@@ -190,7 +186,7 @@ void Executor::prepare(const uint32_t at[3], const uint32_t grid[3], const uint3
     Simdgroup& s = simdgroups[i];
     s.first = i * kSimdWidth;
     s.count = std::min(kSimdWidth, count - s.first);
-    s.arrived = s.exited = s.parity = 0;
+    s.arrived = s.parity = 0;
   }
   for (uint32_t i = 0; i < count; i++)
     prepare_lane(i, at, size, grid, full);
@@ -259,8 +255,6 @@ bool msl_meet(const msl_site& site) {
   } else if (!msl::same(s.site, site)) {
     msl::diverged();
   }
-  if (s.exited)
-    msl::diverged();
   if (++s.arrived == s.count)
     return true;
   msl::reschedule();
@@ -294,8 +288,6 @@ void msl_threadgroup_barrier(int flags, const msl_site& site) {
   } else if (!msl::same(e.barrier_site, site)) {
     msl::diverged();
   }
-  if (e.done)
-    msl::diverged();
   if (++e.at_barrier < e.count)
     return msl::reschedule();
   e.at_barrier = 0;

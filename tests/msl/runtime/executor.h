@@ -31,7 +31,7 @@ struct Lane {
 };
 
 struct Simdgroup {
-  uint32_t first, count, arrived, exited, parity;
+  uint32_t first, count, arrived, parity;
   msl_site site;
   // Two sets: a lane may still read the results of one meeting while another fills the next.
   alignas(64) char slots[2][kSlotBytes];

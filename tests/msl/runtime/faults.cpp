@@ -18,7 +18,7 @@ pthread_t thread; // that runs the dispatch
 [[noreturn]] void leave() {
   const char* what = fault_signal == SIGFPE ? "integer division by zero"
                      : fault_signal == SIGILL
-                         ? "reached code that must not be reached"
+                         ? "an instruction that this CPU lacks, or code that must not be reached"
                          : "access to memory that is not there, or a misaligned vector,";
   char hex[32];
   snprintf(hex, sizeof hex, "0x%lx", static_cast<unsigned long>(fault_address));

@@ -20,7 +20,7 @@ struct Moment {
 // simdgroup, another thread).
 struct Byte {
   Moment write, read[2];
-  bool written, write_atomic;
+  bool written, write_atomic, read_atomic[2];
   uint8_t reads;
 };
 

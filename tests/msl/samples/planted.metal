@@ -133,9 +133,10 @@ kernel void hand_on(device float* values [[buffer(0)]], device atomic_uint* coun
   threadgroup_barrier(mem_flags::mem_device);
   values[at] = theirs + table[0][kFault == 42 ? 4 : 3];  // 42
   if (kFault == 43 && at == 0) *(device uint*)count = 0;  // 43
-  atomic_fetch_add_explicit(count, 1u, memory_order_relaxed);
+  if (kFault == 44 && at == size - 2) values[at] = *(device uint*)count;
+  atomic_fetch_add_explicit(count, 1u, memory_order_relaxed);  // 44
 }
 
 #define HAND_ON(fault) \
   template [[host_name("hand_on_" #fault)]] [[kernel]] decltype(hand_on<fault>) hand_on<fault>;
-HAND_ON(0) HAND_ON(40) HAND_ON(41) HAND_ON(42) HAND_ON(43)
+HAND_ON(0) HAND_ON(40) HAND_ON(41) HAND_ON(42) HAND_ON(43) HAND_ON(44)

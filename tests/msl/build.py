@@ -31,8 +31,8 @@ _MEANING = [
     "-ffp-contract=on", "-fno-math-errno", "-march=x86-64-v3",
 ]  # fmt: skip
 _CODE = [
-    "-fPIC", "-gline-tables-only", "-fdebug-compilation-dir=.", "-fno-exceptions", "-fno-rtti",
-    "-fno-threadsafe-statics",
+    "-fPIC", "-fvisibility=hidden", "-gline-tables-only", "-fdebug-compilation-dir=.",
+    "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics",
 ]  # fmt: skip
 _WARNINGS = [
     "-Wno-everything", "-Wimplicit-float-conversion", "-Werror=vec-elem-size",
@@ -163,7 +163,7 @@ def _compile(source: str, scratch: Path, mode: str, runtime: Future[str], result
     _reject_narrowing(checked.stderr)
     library = scratch / "kernels.so"
     _run(["c++", "-shared", "-o", str(library), str(object_), runtime.result(), "-lm", "-ldl",
-          "-Wl,--no-undefined", "-Wl,-Bsymbolic"])  # fmt: skip
+          "-Wl,--no-undefined", f"-Wl,--version-script={RUNTIME}/exports.map"])  # fmt: skip
     library.replace(result)
 
 

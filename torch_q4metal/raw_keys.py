@@ -55,12 +55,14 @@ class RawKeys:
 
     def __enter__(self) -> RawKeys:
         self._before = termios.tcgetattr(self._descriptor)
+        terminal = os.dup(self._descriptor)  # 0 itself is the guard's pipe
         self._guard = subprocess.Popen(
-            [sys.executable, "-S", "-E", "-c", _GUARD, str(self._descriptor), repr(self._before)],
+            [sys.executable, "-S", "-E", "-c", _GUARD, str(terminal), repr(self._before)],
             stdin=subprocess.PIPE,
-            pass_fds=[self._descriptor],
+            pass_fds=[terminal],
             start_new_session=True,  # what ends the chat must not end its guard
         )
+        os.close(terminal)
         during = list(self._before)
         during[3] &= ~(termios.ISIG | termios.ECHO | termios.ICANON)
         termios.tcsetattr(self._descriptor, termios.TCSANOW, during)

@@ -1,19 +1,16 @@
 """2, 3 and 4 processes that the real torchrun starts, on loopback, against one process."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from torchrun import run_torchrun
 
 from torch_q4metal.generation import decode_together, generate_step
 from torch_q4metal.models import load_model
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 LAYERS = 8
 LONG = {"config": {"max_position_embeddings": 2048}, "layers": LAYERS}
 CASES = {
@@ -39,16 +36,6 @@ CASES = {
         "world_size": 4, "settings": {"split": "2,2,2,2"}, "threads": [1, 1, 1, 1],
     },
 }  # fmt: skip
-
-
-def run_torchrun(*words, processes, **options):
-    """Runs it to its end; PYTHONPATH as here."""
-    environment = {"OMP_WAIT_POLICY": "PASSIVE"} | dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    command = [*TORCHRUN, "--nproc-per-node", str(processes), *map(str, words)]
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=120, **options
-    )
 
 
 def random_prompt(length):
@@ -130,36 +117,3 @@ def test_a_quarter_of_the_layers_takes_a_quarter_of_the_memory(answers):
     for stage, (_, resident) in zip(seen["stages"][1:3], held[1:3], strict=True):
         assert stage["weight_bytes"] == layers / 4
         assert resident == pytest.approx(layers / 4, rel=0.03)
-
-
-def test_chat_and_its_statistics(tmp_path):
-    """One answer on stdout, from rank 0 alone; what is piped in is read by rank 0 alone."""
-    path = tiny.write_tiny(tmp_path / "m", "qwen2", **LONG).path
-    words = ["-m", "torch_q4metal.chat", "--model", path, "-n", "12", "--json"]
-    done = run_torchrun(*words, processes=2, input="hello there\n")
-    assert done.returncode == 0, done.stderr
-    alone = subprocess.run(
-        [sys.executable, *map(str, words)], input="hello there\n", capture_output=True, text=True
-    )
-    assert json.loads(done.stdout)["text"] == json.loads(alone.stdout)["text"]
-    assert json.loads(done.stdout)["completion_tokens"] == 12
-
-
-def test_bench_with_a_batch(tmp_path):
-    path = tiny.write_tiny(tmp_path / "m", tied=False, **LONG).path
-    words = ["-m", "torch_q4metal.bench", "--model", path, "--json", "--batch", "4"]
-    done = run_torchrun(*words, "-p", "20", "-g", "6", "-n", "1", "--split", "3,5", processes=2)
-    assert done.returncode == 0, done.stderr
-    values = json.loads(done.stdout.splitlines()[-1])
-    assert (values["batch"], values["ranks"]) == (4, 2)
-    assert [stage["layers"] for stage in values["stages"]] == [[0, 3], [3, 8]]
-    assert values["file_bytes"] == sum(stage["weight_bytes"] for stage in values["stages"])
-
-
-def test_what_cannot_be_is_told_once(tmp_path):
-    path = tiny.write_tiny(tmp_path / "m", layers=2).path
-    words = ["-m", "torch_q4metal.chat", "--model", path, "-p", "x", "--split", "1,2"]
-    done = run_torchrun(*words, processes=2)
-    assert done.returncode == 1
-    assert done.stderr.count("error: --split 1,2 gives out 3 layers") == 1
-    assert not done.stdout

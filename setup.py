@@ -73,9 +73,14 @@ if sys.platform == "darwin":
     runpy.run_path(str(ROOT / "csrc/metal/embed.py"))["write_source"](ROOT / KERNEL_TEXT)
     SOURCES += [
         KERNEL_TEXT,
+        "csrc/metal/bindings.cpp",
+        "csrc/metal/decode_plan.cpp",
+        "csrc/metal/decode_step_mps.cpp",
+        "csrc/metal/encoder.cpp",
         "csrc/metal/library.mm",
         "csrc/metal/ops_mps.mm",
         "csrc/metal/pipelines.cpp",
+        "csrc/metal/sink.mm",
     ]
     # A wrong selector is only a warning otherwise.
     FLAGS += ["-fobjc-arc", "-Werror=objc-method-access"]

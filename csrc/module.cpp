@@ -6,9 +6,15 @@
 #include "cpu/kernels.h"
 #include "cpu/read_probe.h"
 #include "plan/bindings.h"
+#ifdef __APPLE__
+#include "metal/bindings.h"
+#endif
 
 PYBIND11_MODULE(_C, m) {
   q4metal::plan::bind(m);
+#ifdef __APPLE__
+  q4metal::mps::bind(m);
+#endif
   m.def(
       "cpu_kernels", [] { return q4metal::cpu::kernels().name; },
       "Name of the CPU kernel table in use.");

@@ -41,7 +41,7 @@ at::Tensor DecodePlan::logits(int64_t rows) {
 
 void DecodePlan::run(const Pass& pass) {
   const std::lock_guard lock(mutex_);
-  encoder_.prepare(pass.rows); // may raise, which the block of `submit` must not
+  encoder_.prepare(pass); // may raise, which the block of `submit` must not
   const Memory workspace{workspace_.storage().data(), 0};
   submit([&](CommandSink& sink) { encoder_.encode(pass, workspace, sink); });
 }

@@ -1,7 +1,8 @@
 // torch.ops.q4metal.decode_step on MPS: checks the tensors and encodes the plan behind a handle.
 //
 // `positions` is a CPU tensor: the host must know how long the rows are, and to ask the GPU would
-// be to wait for it. What is in the other tensors stays unread here.
+// be to wait for it. `sampling` is one too, int32 [R, 6] with the bits of a struct Sampling
+// (plan_launch.h) a row. What is in the other tensors stays unread here.
 #include <ATen/core/Tensor.h>
 #include <ATen/native/mps/MetalShaderLibrary.h>
 #include <torch/library.h>
@@ -15,6 +16,7 @@ namespace {
 
 // Slabs whose addresses fit into the 4096 bytes of a setBytes.
 constexpr size_t kMaxSlabs = 4096 / sizeof(Slab);
+constexpr int64_t kSamplingWords = sizeof(Sampling) / sizeof(int32_t);
 
 void check(const at::Tensor& t, const char* name, c10::DeviceType device, at::ScalarType dtype,
            at::IntArrayRef shape) {
@@ -98,8 +100,6 @@ void decode_step(int64_t handle, const at::Tensor& input, const at::Tensor& posi
                     " does not exist on MPS, or its model was freed");
   if (const auto failure = take_failure())
     TORCH_CHECK(false, "the GPU could not finish an earlier step: ", *failure);
-  TORCH_CHECK_VALUE(!sampling.has_value() || !sampling->defined(),
-                    "sampling on the device is not built; pass None");
   const auto& shape = plan->plan().shape;
   const int64_t rows = checked_rows(plan->plan(), input);
   check_positions(positions, rows, plan->context(), block_tables);
@@ -113,6 +113,12 @@ void decode_step(int64_t handle, const at::Tensor& input, const at::Tensor& posi
   pass.table_stride = uint32_t(block_tables.size(1));
   take_slabs(shape, kv, pass);
   take_output(*plan, out, rows, pass);
+  if (sampling.has_value() && sampling->defined()) {
+    check(*sampling, "sampling", at::kCPU, at::kInt, {rows, kSamplingWords});
+    TORCH_CHECK_VALUE(pass.tokens.buffer != nullptr, "sampling draws token ids, out is ",
+                      out.scalar_type(), "; it must be int64 [R], of a plan with a head");
+    pass.sampling = static_cast<const Sampling*>(sampling->const_data_ptr());
+  }
   plan->run(pass);
 }
 

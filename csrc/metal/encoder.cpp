@@ -66,29 +66,26 @@ Encoder::Encoder(plan::Plan plan, DeviceMemory memory, int64_t context, Compile 
                              (plan_.shape.head_dim + 2) * int64_t(sizeof(float)));
 }
 
-void Encoder::prepare(int rows) {
-  auto& pipelines = pipelines_[rows];
-  if (!pipelines.empty())
-    return;
+void Encoder::prepare(const Pass& pass) {
   const auto& shape = plan_.shape;
-  std::vector<Kernel> kernels;
-  for (const Step& step : plan_.steps)
-    kernels.push_back(kernel_of(step, shape, rows));
-  if (needs_split(context_)) {
-    const int shared = shared_heads(shape.heads, shape.kv_heads);
-    kernels.push_back(attention_split_kernel(shape.kv_dtype, shape.head_dim, shared));
-    kernels.push_back(attention_combine_kernel(shape.head_dim));
+  if (pipelines_[pass.rows].empty()) {
+    std::vector<Kernel> kernels;
+    for (const Step& step : plan_.steps)
+      kernels.push_back(kernel_of(step, shape, pass.rows));
+    pipelines_[pass.rows] = compile_(kernels);
   }
-  const auto states = compile_(kernels);
-  const size_t steps = plan_.steps.size();
-  const void* split = states.size() > steps ? states[steps] : nullptr;
-  const void* combine = states.size() > steps ? states[steps + 1] : nullptr;
-  for (size_t i = 0; i < steps; ++i)
-    pipelines.push_back({states[i], split, combine});
+  if (split_ == nullptr && needs_split(context_)) {
+    const int shared = shared_heads(shape.heads, shape.kv_heads);
+    const auto states = compile_({attention_split_kernel(shape.kv_dtype, shape.head_dim, shared),
+                                  attention_combine_kernel(shape.head_dim)});
+    split_ = states[0];
+    combine_ = states[1];
+  }
+  if (sample_ == nullptr && pass.sampling != nullptr)
+    sample_ = compile_({sample_kernel()})[0];
 }
 
-void Encoder::encode(const Pass& pass, Memory workspace, CommandSink& sink) {
-  prepare(pass.rows);
+void Encoder::encode(const Pass& pass, Memory workspace, CommandSink& sink) const {
   for (size_t i = 0; i < plan_.steps.size(); ++i) {
     if (plan_.steps[i].kind == StepKind::argmax && pass.tokens.buffer == nullptr)
       continue;
@@ -102,14 +99,13 @@ void Encoder::encode_step(size_t index, const Pass& pass, Memory workspace,
                           CommandSink& sink) const {
   const Step& step = plan_.steps[index];
   const auto& shape = plan_.shape;
-  const auto& pipelines = pipelines_[pass.rows][index];
   const auto read = [&](int i) { return memory_of(step.reads[i], pass, workspace); };
   const auto written = [&](int i) { return memory_of(step.writes[i], pass, workspace); };
   const auto buffers = [&](unsigned first, std::initializer_list<Memory> list) {
     for (const Memory& memory : list)
       sink.buffer(first++, memory);
   };
-  sink.pipeline(pipelines.single);
+  sink.pipeline(pipelines_[pass.rows][index]);
   switch (step.kind) {
   case StepKind::embed:
     bind(0, step.segments[0], sink);
@@ -119,7 +115,7 @@ void Encoder::encode_step(size_t index, const Pass& pass, Memory workspace,
   case StepKind::norm_qkv:
     return encode_qkv(step, pass, workspace, sink);
   case StepKind::attention:
-    return encode_attention(step, pipelines, pass, workspace, sink);
+    return encode_attention(step, pass, workspace, sink);
   case StepKind::output:
   case StepKind::down:
     bind(0, step.segments[0], sink);
@@ -138,9 +134,7 @@ void Encoder::encode_step(size_t index, const Pass& pass, Memory workspace,
     set_args(7, matrix_args(step), sink);
     return sink.dispatch(head_launch(shape.vocab_size));
   case StepKind::argmax:
-    buffers(0, {read(0), written(0)});
-    set_args(2, ArgmaxArgs{uint32_t(shape.vocab_size)}, sink);
-    return sink.dispatch(argmax_launch(pass.rows));
+    return encode_token(step, pass, workspace, sink);
   case StepKind::take_hidden:
   case StepKind::give_hidden:
     buffers(0, {read(0), written(0)});
@@ -164,8 +158,8 @@ void Encoder::encode_qkv(const Step& step, const Pass& pass, Memory workspace,
   sink.dispatch(qkv_launch(shape.heads, shape.kv_heads, shape.head_dim));
 }
 
-void Encoder::encode_attention(const Step& step, const Pipelines& pipelines, const Pass& pass,
-                               Memory workspace, CommandSink& sink) const {
+void Encoder::encode_attention(const Step& step, const Pass& pass, Memory workspace,
+                               CommandSink& sink) const {
   const auto& shape = plan_.shape;
   const int64_t longest = *std::max_element(pass.positions, pass.positions + pass.rows) + 1;
   const Memory out = memory_of(step.writes[0], pass, workspace);
@@ -173,7 +167,8 @@ void Encoder::encode_attention(const Step& step, const Pipelines& pipelines, con
   const bool split = needs_split(longest);
   const AttentionArgs args{cache_args(step, pass), uint32_t(shape.heads),
                            uint32_t(chunks_of(longest)), shape.attention_scale};
-  sink.pipeline(split ? pipelines.split : pipelines.single);
+  if (split)
+    sink.pipeline(split_);
   sink.buffer(0, memory_of(step.reads[0], pass, workspace));
   sink.bytes(1, pass.positions, pass.rows * sizeof(int64_t));
   bind_cache(2, 3, false, pass, sink);
@@ -184,12 +179,32 @@ void Encoder::encode_attention(const Step& step, const Pipelines& pipelines, con
   sink.dispatch(attention_split_launch(pass.rows, shape.heads, shape.kv_heads, longest));
 
   sink.barrier();
-  sink.pipeline(pipelines.combine);
+  sink.pipeline(combine_);
   sink.buffer(0, chunks);
   sink.bytes(1, pass.positions, pass.rows * sizeof(int64_t));
   sink.buffer(2, out);
   set_args(3, args, sink);
   sink.dispatch(attention_combine_launch(pass.rows, shape.heads));
+}
+
+void Encoder::encode_token(const Step& step, const Pass& pass, Memory workspace,
+                           CommandSink& sink) const {
+  const ArgmaxArgs args{uint32_t(plan_.shape.vocab_size)};
+  const Memory logits = memory_of(step.reads[0], pass, workspace);
+  const Memory tokens = memory_of(step.writes[0], pass, workspace);
+  if (pass.sampling == nullptr) {
+    sink.buffer(0, logits);
+    sink.buffer(1, tokens);
+    set_args(2, args, sink);
+    return sink.dispatch(argmax_launch(pass.rows));
+  }
+  sink.pipeline(sample_);
+  sink.buffer(0, logits);
+  sink.bytes(1, pass.sampling, pass.rows * sizeof(Sampling));
+  sink.bytes(2, pass.positions, pass.rows * sizeof(int64_t));
+  sink.buffer(3, tokens);
+  set_args(4, args, sink);
+  sink.dispatch(sample_launch(pass.rows));
 }
 
 // Four buffers: weight, scales, biases, bias. Where there is none the weight takes its place, for

@@ -24,8 +24,9 @@ struct Pass {
   std::vector<Slab> slabs; // addresses on the device
   std::vector<Memory> slab_memory;
   uint32_t slab_blocks;
-  Memory output; // logits float32 [rows, vocabulary], or residual rows
-  Memory tokens; // int64 [rows]; without a buffer logits only
+  Memory output;            // logits float32 [rows, vocabulary], or residual rows
+  Memory tokens;            // int64 [rows]; without a buffer logits only
+  const Sampling* sampling; // of each row; null: the likeliest token
 };
 
 class Encoder {
@@ -40,23 +41,19 @@ public:
   int64_t context() const { return context_; }
   // Of the memory between steps, for up to plan::kMaxRows rows.
   int64_t workspace_bytes() const { return workspace_bytes_; }
-  // Compiles what a pass of `rows` rows needs; encode does so too, where it has not been done.
-  void prepare(int rows);
-  // Commands of one pass. Allocates nothing once the kernels are there.
-  void encode(const Pass& pass, Memory workspace, CommandSink& sink);
+  // Compiles what the pass needs and was not compiled yet.
+  void prepare(const Pass& pass);
+  // Commands of one pass that was prepared. Allocates nothing.
+  void encode(const Pass& pass, Memory workspace, CommandSink& sink) const;
 
 private:
-  struct Pipelines {
-    const void* single;
-    const void* split;   // of attention
-    const void* combine; // of attention
-  };
-
   void encode_step(size_t index, const Pass& pass, Memory workspace, CommandSink& sink) const;
   void encode_qkv(const plan::Step& step, const Pass& pass, Memory workspace,
                   CommandSink& sink) const;
-  void encode_attention(const plan::Step& step, const Pipelines& pipelines, const Pass& pass,
-                        Memory workspace, CommandSink& sink) const;
+  void encode_attention(const plan::Step& step, const Pass& pass, Memory workspace,
+                        CommandSink& sink) const;
+  void encode_token(const plan::Step& step, const Pass& pass, Memory workspace,
+                    CommandSink& sink) const;
   void bind(unsigned first, const plan::Segment& segment, CommandSink& sink) const;
   void bind_cache(unsigned tables, unsigned slabs, bool written, const Pass& pass,
                   CommandSink& sink) const;
@@ -71,7 +68,10 @@ private:
   int64_t workspace_bytes_ = 0;
   std::vector<int64_t> offsets_; // of the plan's buffers in the workspace
   int64_t chunks_offset_ = 0;    // of attention's partial results
-  std::array<std::vector<Pipelines>, plan::kMaxRows + 1> pipelines_; // by rows, then by step
+  std::array<std::vector<const void*>, plan::kMaxRows + 1> pipelines_; // by rows, then by step
+  const void* split_ = nullptr;   // attention beyond kSingleChunks
+  const void* combine_ = nullptr; // and what follows it
+  const void* sample_ = nullptr;  // in place of argmax
 };
 
 } // namespace q4metal::mps

@@ -3,6 +3,8 @@
 import concurrent.futures
 import ctypes
 import hashlib
+import importlib.machinery
+import importlib.util
 import os
 import runpy
 import shlex
@@ -99,6 +101,7 @@ def build() -> Path:
 class Standin:
     """The loaded stand-in: after this ``.to("mps")`` works in this process, on Linux.
 
+    ``native``: what torch_q4metal._C has besides on a Mac (csrc/metal/bindings.cpp).
     ``mode``: "typed" or "check", the build of tests/msl for kernels that are compiled from now on.
     ``refusal``: what the Metal compiler answers to any text, as long as it is set.
     """
@@ -109,6 +112,11 @@ class Standin:
         self.mode = "typed"
         self.refusal: str | None = None
         self._library = ctypes.CDLL(str(path))
+        loader = importlib.machinery.ExtensionFileLoader("standin", str(path))
+        spec = importlib.util.spec_from_loader("standin", loader)
+        assert spec
+        self.native = importlib.util.module_from_spec(spec)
+        loader.exec_module(self.native)
         for name in ("standin_fallbacks", "standin_dispatches"):
             getattr(self._library, name).restype = ctypes.c_char_p
         self._library.standin_allocations.restype = ctypes.c_int64
@@ -133,6 +141,16 @@ class Standin:
         """(kernel, threads of the grid, threads of a threadgroup) of each dispatch so far."""
         lines = [line.split() for line in self._library.standin_dispatches().decode().splitlines()]
         return [(n, tuple(map(int, s[:3])), tuple(map(int, s[3:]))) for n, *s in lines]
+
+    def plan_statistics(self) -> tuple[int, int, int]:
+        """Submissions, dispatches and barriers of decode plans so far."""
+        three = (ctypes.c_int64 * 3)()
+        self._library.standin_plan_statistics(three)
+        return tuple(three)
+
+    def ignore_barrier(self, number: int) -> None:
+        """Leaves out one barrier of each submission, counted from 0; -1: none."""
+        self._library.standin_ignore_barrier(ctypes.c_int64(number))
 
     def allocations(self) -> int:
         """MPS buffers made so far."""

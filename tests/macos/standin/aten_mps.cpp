@@ -14,6 +14,7 @@
 #include <mutex>
 #include <string>
 
+#include "export.h"
 #include "memory.h"
 
 namespace standin {
@@ -99,7 +100,7 @@ TORCH_LIBRARY_IMPL(_, MPS, m) {
 }
 
 // Names of the operators that ran on the CPU so far, one a line; valid until the next call.
-extern "C" const char* standin_fallbacks() {
+STANDIN_EXPORT const char* standin_fallbacks() {
   static std::string names;
   auto& fallbacks = standin::Fallbacks::instance();
   const std::lock_guard lock(fallbacks.mutex);

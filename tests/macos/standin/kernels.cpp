@@ -5,6 +5,8 @@
 #include <mutex>
 #include <stdexcept>
 
+#include "export.h"
+
 namespace standin {
 namespace {
 
@@ -85,10 +87,12 @@ std::vector<Access> run(Call& call) {
 
 } // namespace standin
 
-extern "C" void standin_set_compiler(standin::Compiler compiler) { standin::compiler = compiler; }
+STANDIN_EXPORT void standin_set_compiler(standin::Compiler compiler) {
+  standin::compiler = compiler;
+}
 
 // Kernel, threads and threads of a threadgroup of each dispatch so far; valid until the next call.
-extern "C" const char* standin_dispatches() {
+STANDIN_EXPORT const char* standin_dispatches() {
   static std::string copy;
   const std::lock_guard lock(standin::mutex);
   copy = standin::dispatches;

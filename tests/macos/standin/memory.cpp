@@ -1,4 +1,5 @@
 #include "memory.h"
+#include "export.h"
 
 #include <c10/core/Allocator.h>
 #include <c10/util/Exception.h>
@@ -104,4 +105,4 @@ int64_t allocations() {
 
 } // namespace standin
 
-extern "C" int64_t standin_allocations() { return standin::allocations(); }
+STANDIN_EXPORT int64_t standin_allocations() { return standin::allocations(); }

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "export.h"
 #include "kernels.h"
 
 namespace standin {
@@ -101,11 +102,11 @@ std::optional<std::string> take_failure() { return std::nullopt; }
 } // namespace q4metal::mps
 
 // Submissions, dispatches and barriers of plans so far.
-extern "C" void standin_plan_statistics(int64_t* three) {
+STANDIN_EXPORT void standin_plan_statistics(int64_t* three) {
   three[0] = standin::statistics.submissions;
   three[1] = standin::statistics.dispatches;
   three[2] = standin::statistics.barriers;
 }
 
 // From now on the barrier of this number (from 0) of each submission is not there; -1: all are.
-extern "C" void standin_ignore_barrier(int64_t number) { standin::ignored_barrier = number; }
+STANDIN_EXPORT void standin_ignore_barrier(int64_t number) { standin::ignored_barrier = number; }

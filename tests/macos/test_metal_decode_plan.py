@@ -1,0 +1,208 @@
+"""decode_step on MPS tensors, on Linux, against the CPU's: plan, encoder, barriers, kernels.
+
+The sink (tests/macos/standin/plan_sink.cpp) runs what no barrier separates last one first, and
+fails where two of those dispatches touch the same memory, one of them writing.
+"""
+
+import pytest
+import standin_build
+import tiny
+import torch
+
+from torch_q4metal import decode, ops
+from torch_q4metal.models import load_model
+
+BOUND = 2e-5  # of logits, relative to the largest: sums are float32 in both, in another order
+
+
+@pytest.fixture(scope="module")
+def standin():
+    loaded = standin_build.load()
+    loaded.mode = "typed"
+    return loaded
+
+
+class MetalPlan(decode.DecodePlan):
+    """The plan of a model whose tensors are copied to MPS."""
+
+    def __init__(self, model, standin):
+        self._memory = standin.native.DeviceMemory()
+
+        def build(shape, embedding, layers, head, context):
+            return standin.native.MetalDecodePlan(
+                shape, embedding, layers, head, self._memory, context
+            )
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decode._native, "DecodePlan", build)
+            super().__init__(model)
+
+    def _address(self, tensor):
+        self._kept.append(tensor.detach().contiguous().to("mps"))
+        return self._memory.address(self._kept[-1].untyped_storage().data_ptr(), 0)
+
+
+class Texts:
+    """Texts of a model that both plans decode further, each from its own keys and values."""
+
+    def __init__(self, path, standin, lengths, context=None, **options):
+        tiny.write_tiny(path, **options)
+        self.model = load_model(path, precision="exact")
+        if context:
+            self.model.max_kv_size = context
+        self.pool = self.model.make_pool(len(lengths) * (max(lengths) + 40))
+        self.rows = [decode.Sequence(self.pool) for _ in lengths]
+        for row, length in zip(self.rows, lengths):
+            row.reserve(length + 1)
+        with torch.inference_mode():
+            for slab in self.pool.slabs:
+                slab.zero_()  # so that they can be compared as a whole
+            for row, length in zip(self.rows, lengths):
+                if length:
+                    self.model(torch.randint(self.model.config.vocab_size, (1, length)), [row])
+        self.cpu, self.mps = decode.DecodePlan(self.model), MetalPlan(self.model, standin)
+        self.slabs = [slab.to("mps") for slab in self.pool.slabs]
+
+    def arguments(self):
+        """ids, positions, rope and block tables of the next token of each row."""
+        places = [row.length for row in self.rows]
+        rope = [torch.stack(self.model.config.rope.rows(p, 1, p + 1), 1) for p in places]
+        ids = torch.randint(self.model.config.vocab_size, (len(places),))
+        tables = decode._block_tables(self.rows, [1] * len(places))
+        return ids, torch.tensor(places), torch.cat(rope), tables
+
+    def step_on_mps(self, arguments, out, sampling=None):
+        ids, positions, rope, tables = arguments
+        torch.ops.q4metal.decode_step(
+            self.mps.native.handle, ids.to("mps"), positions, rope.to("mps"), tables.to("mps"),
+            sampling, self.slabs, out,
+        )  # fmt: skip
+        return out
+
+    def step_on_cpu(self, arguments):
+        logits = torch.empty(len(self.rows), self.model.config.vocab_size)
+        ops.decode_step(self.cpu.native.handle, *arguments, self.pool.slabs, logits)
+        return logits
+
+    def logits_on_mps(self, arguments):
+        shape = len(self.rows), self.model.config.vocab_size
+        return self.step_on_mps(arguments, torch.empty(shape).to("mps")).cpu()
+
+
+def assert_close(actual, expected, bound=BOUND):
+    assert ((actual - expected).abs().max() / expected.abs().max()).item() < bound
+
+
+SOME_DENSE = {"model.layers.1.self_attn.k_proj": False, "model.layers.0.mlp.down_proj": False}
+MODELS = {
+    "one row": ([40], {}),
+    "three rows, biases, an empty text": ([33, 0, 70], {"attention_bias": True, "tied": False}),
+    "eight rows": ([5, 31, 32, 63, 1, 2, 3, 4], {"family": "qwen2"}),
+    "dense matrices, 16 bits": ([33, 7], {"overrides": SOME_DENSE, "dtype": torch.float16}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_cache_equal_the_cpu(tmp_path, standin, name):
+    lengths, options = MODELS[name]
+    texts = Texts(tmp_path / "model", standin, lengths, **options)
+    arguments = texts.arguments()
+    assert_close(texts.logits_on_mps(arguments), texts.step_on_cpu(arguments))
+    bound = 2**-9 if texts.pool.dtype == torch.float16 else BOUND
+    for own, theirs in zip(texts.slabs, texts.pool.slabs, strict=True):
+        assert_close(own.cpu().float(), theirs.float(), bound)
+
+
+def test_check_build_finds_nothing(tmp_path, standin):
+    """Every access of every kernel, and every barrier, byte by byte."""
+    standin.mode = "check"
+    try:
+        # A format that no other test compiles: kernels are kept in the build they began in.
+        options = {"bits": 8, "group_size": 64, "dtype": torch.bfloat16}
+        texts = Texts(tmp_path / "model", standin, [33, 2], **options)
+        arguments = texts.arguments()
+        assert_close(texts.logits_on_mps(arguments), texts.step_on_cpu(arguments), 5e-3)
+    finally:
+        standin.mode = "typed"
+
+
+def test_long_contexts_are_split_and_joined(tmp_path, standin):
+    options = {"config": {"max_position_embeddings": 2048}}
+    texts = Texts(tmp_path / "model", standin, [1200, 20], **options)
+    arguments = texts.arguments()
+    before = standin.plan_statistics()
+    assert_close(texts.logits_on_mps(arguments), texts.step_on_cpu(arguments))
+    submissions, dispatches, _ = (a - b for a, b in zip(standin.plan_statistics(), before))
+    layers = texts.model.config.num_hidden_layers
+    assert (submissions, dispatches) == (1, 6 * layers + 2)  # no argmax
+
+
+def test_tokens_stay_on_the_device(tmp_path, standin):
+    """Greedy ids: 5 L + 3 dispatches in one submission, nothing allocated, nothing waited for."""
+    texts = Texts(tmp_path / "model", standin, [33, 2])
+    arguments = texts.arguments()
+    tokens = torch.empty(2, dtype=torch.int64).to("mps")
+    texts.step_on_mps(arguments, tokens)
+    logits = texts.step_on_cpu(arguments)
+    assert torch.equal(tokens.cpu(), logits.argmax(-1))
+
+    ids, positions, rope, tables = arguments
+    rope, tables, tokens = rope.to("mps"), tables.to("mps"), ids.to("mps")
+    counts = standin.plan_statistics(), standin.allocations(), len(standin.fallbacks())
+    torch.ops.q4metal.decode_step(  # the ids that it reads and those that it writes are one tensor
+        texts.mps.native.handle, tokens, positions, rope, tables, None, texts.slabs, tokens
+    )
+    assert standin.allocations() == counts[1]
+    assert len(standin.fallbacks()) == counts[2]
+    done = [a - b for a, b in zip(standin.plan_statistics(), counts[0])]
+    assert done[:2] == [1, 5 * texts.model.config.num_hidden_layers + 3]
+    assert torch.equal(tokens.cpu(), logits.argmax(-1))
+
+
+def test_sampling_at_a_temperature_of_zero_is_greedy(tmp_path, standin):
+    texts = Texts(tmp_path / "model", standin, [33, 2])
+    arguments = texts.arguments()
+    sampling = torch.zeros(2, 6, dtype=torch.int32)
+    tokens = texts.step_on_mps(arguments, torch.empty(2, dtype=torch.int64).to("mps"), sampling)
+    assert torch.equal(tokens.cpu(), texts.step_on_cpu(arguments).argmax(-1))
+
+
+def test_every_missing_barrier_is_found(tmp_path, standin):
+    texts = Texts(tmp_path / "model", standin, [3])
+    arguments = texts.arguments()
+    tokens = torch.empty(1, dtype=torch.int64).to("mps")
+    count = sum(texts.mps.native.barriers)
+    assert count >= 5 * texts.model.config.num_hidden_layers
+    try:
+        for number in range(count):
+            standin.ignore_barrier(number)
+            with pytest.raises(RuntimeError, match="no barrier between plan_"):
+                texts.step_on_mps(arguments, tokens)
+    finally:
+        standin.ignore_barrier(-1)
+
+
+def test_errors_name_what_is_wrong(tmp_path, standin):
+    texts = Texts(tmp_path / "model", standin, [3])
+    ids, positions, rope, tables = texts.arguments()
+    tokens = torch.empty(1, dtype=torch.int64).to("mps")
+    step, run = torch.ops.q4metal.decode_step, texts.step_on_mps
+    rest = (positions, rope.to("mps"), tables.to("mps"), None, texts.slabs, tokens)
+    cases = [
+        (lambda: step(7, ids.to("mps"), *rest), "decode plan 7 does not exist on MPS"),
+        (lambda: step(texts.cpu.native.handle, ids.to("mps"), *rest), "does not exist on MPS"),
+        (lambda: run((ids.repeat(9), positions, rope, tables), tokens), "1 to 8 rows"),
+        (lambda: run((ids.int(), positions, rope, tables), tokens), "input is Int"),
+        (lambda: run((ids, positions.to("mps"), rope, tables), tokens), "positions is .* on mps"),
+        (lambda: run((ids, positions + 10**6, rope, tables), tokens), "positions holds 1000003"),
+        (lambda: run((ids, positions + 40, rope, tables), tokens), "position 43 needs 2 blocks"),
+        (lambda: run((ids, positions, rope[:, :1], tables), tokens), "rope is Float"),
+        (lambda: run((ids, positions, rope, tables[0]), tokens), "block_tables has shape"),
+        (lambda: run((ids, positions, rope, tables), tokens[:0]), "out is Long"),
+    ]
+    for call, sentence in cases:
+        with pytest.raises(ValueError, match=sentence):
+            call()
+    texts.mps.native.release()
+    with pytest.raises(ValueError, match="its model was freed"):
+        run((ids, positions, rope, tables), tokens)

@@ -10,7 +10,9 @@ import tiny
 import torch
 
 from torch_q4metal import decode, ops
+from torch_q4metal.builtin_model import builtin_model
 from torch_q4metal.models import load_model
+from torch_q4metal.tokenizer import Tokenizer
 
 BOUND = 2e-5  # of logits, relative to the largest: sums are float32 in both, in another order
 
@@ -45,22 +47,19 @@ class MetalPlan(decode.DecodePlan):
 class Texts:
     """Texts of a model that both plans decode further, each from its own keys and values."""
 
-    def __init__(self, path, standin, lengths, context=None, **options):
-        tiny.write_tiny(path, **options)
-        self.model = load_model(path, precision="exact")
-        if context:
-            self.model.max_kv_size = context
-        self.pool = self.model.make_pool(len(lengths) * (max(lengths) + 40))
-        self.rows = [decode.Sequence(self.pool) for _ in lengths]
-        for row, length in zip(self.rows, lengths):
-            row.reserve(length + 1)
+    def __init__(self, model, standin, texts, room=1):
+        self.model = model
+        self.pool = model.make_pool(len(texts) * (max(map(len, texts)) + room + 32))
+        self.rows = [decode.Sequence(self.pool) for _ in texts]
+        for row, text in zip(self.rows, texts):
+            row.reserve(len(text) + room)
         with torch.inference_mode():
             for slab in self.pool.slabs:
                 slab.zero_()  # so that they can be compared as a whole
-            for row, length in zip(self.rows, lengths):
-                if length:
-                    self.model(torch.randint(self.model.config.vocab_size, (1, length)), [row])
-        self.cpu, self.mps = decode.DecodePlan(self.model), MetalPlan(self.model, standin)
+            for row, text in zip(self.rows, texts):
+                if text:
+                    model(torch.tensor([text]), [row])
+        self.cpu, self.mps = decode.DecodePlan(model), MetalPlan(model, standin)
         self.slabs = [slab.to("mps") for slab in self.pool.slabs]
 
     def arguments(self):
@@ -89,6 +88,13 @@ class Texts:
         return self.step_on_mps(arguments, torch.empty(shape).to("mps")).cpu()
 
 
+def tiny_texts(path, standin, lengths, **options):
+    tiny.write_tiny(path, **options)
+    model = load_model(path, precision="exact")
+    size = model.config.vocab_size
+    return Texts(model, standin, [torch.randint(size, (n,)).tolist() for n in lengths])
+
+
 def assert_close(actual, expected, bound=BOUND):
     assert ((actual - expected).abs().max() / expected.abs().max()).item() < bound
 
@@ -105,7 +111,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_cache_equal_the_cpu(tmp_path, standin, name):
     lengths, options = MODELS[name]
-    texts = Texts(tmp_path / "model", standin, lengths, **options)
+    texts = tiny_texts(tmp_path / "model", standin, lengths, **options)
     arguments = texts.arguments()
     assert_close(texts.logits_on_mps(arguments), texts.step_on_cpu(arguments))
     bound = 2**-9 if texts.pool.dtype == torch.float16 else BOUND
@@ -119,7 +125,7 @@ def test_check_build_finds_nothing(tmp_path, standin):
     try:
         # A format that no other test compiles: kernels are kept in the build they began in.
         options = {"bits": 8, "group_size": 64, "dtype": torch.bfloat16}
-        texts = Texts(tmp_path / "model", standin, [33, 2], **options)
+        texts = tiny_texts(tmp_path / "model", standin, [33, 2], **options)
         arguments = texts.arguments()
         assert_close(texts.logits_on_mps(arguments), texts.step_on_cpu(arguments), 5e-3)
     finally:
@@ -128,7 +134,7 @@ def test_check_build_finds_nothing(tmp_path, standin):
 
 def test_long_contexts_are_split_and_joined(tmp_path, standin):
     options = {"config": {"max_position_embeddings": 2048}}
-    texts = Texts(tmp_path / "model", standin, [1200, 20], **options)
+    texts = tiny_texts(tmp_path / "model", standin, [1200, 20], **options)
     arguments = texts.arguments()
     before = standin.plan_statistics()
     assert_close(texts.logits_on_mps(arguments), texts.step_on_cpu(arguments))
@@ -139,7 +145,7 @@ def test_long_contexts_are_split_and_joined(tmp_path, standin):
 
 def test_tokens_stay_on_the_device(tmp_path, standin):
     """Greedy ids: 5 L + 3 dispatches in one submission, nothing allocated, nothing waited for."""
-    texts = Texts(tmp_path / "model", standin, [33, 2])
+    texts = tiny_texts(tmp_path / "model", standin, [33, 2])
     arguments = texts.arguments()
     tokens = torch.empty(2, dtype=torch.int64).to("mps")
     texts.step_on_mps(arguments, tokens)
@@ -160,7 +166,7 @@ def test_tokens_stay_on_the_device(tmp_path, standin):
 
 
 def test_sampling_at_a_temperature_of_zero_is_greedy(tmp_path, standin):
-    texts = Texts(tmp_path / "model", standin, [33, 2])
+    texts = tiny_texts(tmp_path / "model", standin, [33, 2])
     arguments = texts.arguments()
     sampling = torch.zeros(2, 6, dtype=torch.int32)
     tokens = texts.step_on_mps(arguments, torch.empty(2, dtype=torch.int64).to("mps"), sampling)
@@ -168,7 +174,7 @@ def test_sampling_at_a_temperature_of_zero_is_greedy(tmp_path, standin):
 
 
 def test_every_missing_barrier_is_found(tmp_path, standin):
-    texts = Texts(tmp_path / "model", standin, [3])
+    texts = tiny_texts(tmp_path / "model", standin, [3])
     arguments = texts.arguments()
     tokens = torch.empty(1, dtype=torch.int64).to("mps")
     count = sum(texts.mps.native.barriers)
@@ -183,7 +189,7 @@ def test_every_missing_barrier_is_found(tmp_path, standin):
 
 
 def test_errors_name_what_is_wrong(tmp_path, standin):
-    texts = Texts(tmp_path / "model", standin, [3])
+    texts = tiny_texts(tmp_path / "model", standin, [3])
     ids, positions, rope, tables = texts.arguments()
     tokens = torch.empty(1, dtype=torch.int64).to("mps")
     step, run = torch.ops.q4metal.decode_step, texts.step_on_mps
@@ -206,3 +212,23 @@ def test_errors_name_what_is_wrong(tmp_path, standin):
     texts.mps.native.release()
     with pytest.raises(ValueError, match="its model was freed"):
         run((ids, positions, rope, tables), tokens)
+
+
+def test_smollm2_writes_the_same_text(standin):
+    """16 greedy tokens, all in float32; on MPS no id reaches the host before the end."""
+    path = builtin_model()
+    model = load_model(path, dtype=torch.float32)
+    prompt = Tokenizer.from_dir(path).encode("The capital of France is")
+    texts = Texts(model, standin, [prompt[:-1]], room=17)
+    (row,) = texts.rows
+    expected, tokens = [prompt[-1]], torch.tensor([prompt[-1]]).to("mps")
+    on_mps = torch.empty(17, 1, dtype=torch.int64).to("mps")
+    with torch.inference_mode():
+        for step in range(16):
+            _, positions, rope, tables = texts.arguments()
+            arguments = torch.tensor(expected[-1:]), positions, rope, tables
+            expected.append(int(texts.step_on_cpu(arguments).argmax()))
+            tokens = texts.step_on_mps((tokens, positions, rope, tables), on_mps[step])
+            row.append(expected[-2:-1])
+    assert on_mps[:16, 0].cpu().tolist() == expected[1:]
+    assert len(set(expected)) > 4

@@ -80,9 +80,8 @@ def test_matvec_against_float64_and_the_cpu_and_a_row_alone() -> None:
             assert torch.equal(y[m : m + 1], alone), (case, m)
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_matvec_is_watched_in_three_run_orders(bits: int) -> None:
-    formats = [f for f in matvec_formats() if f["bits"] == bits][1:6:4]
+def test_matvec_is_watched_in_three_run_orders() -> None:
+    formats = matvec_formats()[::6]  # two of each width, alone and with others
     shapes = choices(n=(1, 7, 8, 9), k=(32, 64, 96, 128, 576, 640, 896), bias=(None, DTYPES[1]))
     watched = Runner(compile_kernels(map(matvec_kernel, formats), "check"))
     for case in pairwise([formats, *shapes], fits):

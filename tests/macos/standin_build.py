@@ -5,6 +5,7 @@ import ctypes
 import hashlib
 import importlib.machinery
 import importlib.util
+import json
 import os
 import runpy
 import shlex
@@ -53,14 +54,28 @@ _FLAGS = [
 _COMPILER = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64)
 
 
+def _with_slip(file: Path) -> Path:
+    """The file, or a copy with the slip that a test planted (``Q4METAL_SLIP``: file, text, slip)."""
+    name, text, slip = json.loads(os.environ.get("Q4METAL_SLIP", '["", "", ""]'))
+    if file != ROOT / name:
+        return file
+    original = file.read_text()
+    assert original.count(text) == 1, f"{name} has {text!r} {original.count(text)} times"
+    copy = BUILD / f"slip-{os.getpid()}-{file.name}"
+    copy.write_text(original.replace(text, slip))
+    return copy
+
+
 def _compile(name: str, files: list[Path], headers: str) -> Path:
-    content = "".join(file.read_text() for file in files)
+    sources = [_with_slip(file) for file in files]
+    content = "".join(source.read_text() for source in sources)
     key = hashlib.sha256(f"{_FLAGS}{torch.__version__}{headers}{content}".encode())
     target = BUILD / f"{name}-{key.hexdigest()[:20]}.o"
     if not target.exists():
-        source, partial = target.with_suffix(".cpp"), target.with_suffix(".part")
-        source.write_text("".join(f'#include "{file}"\n' for file in files))
-        _run(*_FLAGS, "-c", str(source), "-o", str(partial))
+        unit, partial = target.with_suffix(".cpp"), target.with_suffix(".part")
+        unit.write_text("".join(f'#include "{source}"\n' for source in sources))
+        folders = {f"-iquote{file.parent}" for file in files}
+        _run(*_FLAGS, *folders, "-c", str(unit), "-o", str(partial))
         partial.replace(target)
     return target
 

@@ -49,7 +49,8 @@ def test_what_cannot_be_is_told_once(tmp_path):
 
 
 def test_a_killed_chat_leaves_the_terminal_as_it_was(tmp_path):
-    terminal = Terminal(tmp_path)
+    model = write_speaking(tmp_path / "m", "0123456789 ", endless=True, layers=2)
+    terminal = Terminal(tmp_path, model)
     terminal.expect(">>>")
     terminal.send("count\r")
     terminal.expect("0123456789 012")

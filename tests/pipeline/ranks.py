@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from torch_q4metal.generation import decode_together, generate_step
 from torch_q4metal.pipeline import launch, worker
-from torch_q4metal.pipeline.gloo import GlooTransport
+from torch_q4metal.pipeline.gloo import GlooTransport, world
 from torch_q4metal.pipeline.handshake import Settings
 
 
@@ -24,7 +24,7 @@ class FirstRanks(GlooTransport):
     """The ring of the first ``size`` ranks of a group that was joined before."""
 
     def __init__(self, size):
-        self.rank, self.world_size = dist.get_rank(), size
+        self._group, self.rank, self.world_size = world(), dist.get_rank(), size
         self._next, self._before = (self.rank + 1) % size, (self.rank - 1) % size
 
 

@@ -47,14 +47,16 @@ class QueueTransport:
 class QueueTransfer:
     def __init__(self, link: Any, buffer: Tensor | None) -> None:
         self._link, self._buffer = link, buffer
+        self._is_done = buffer is None
 
     def wait(self) -> None:
-        if self._buffer is None:
+        if self._is_done:
             return
         message = self._link.get(timeout=60)
         if message is GONE:
             raise PipelineError("the link is gone.")
         self._buffer[: len(message)] = message
+        self._is_done = True
 
 
 @contextmanager

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import decode
 from ..cache import KVPool, Sequence
 from ..engine import Text
 from ..errors import PipelineError
 from ..models.base import MATVEC_ROWS, PREFILL_CHUNK, CausalLM
 from .message import Kind, Pass, Place, Want, pass_bytes, result_bytes
-from .stage import compute
+from .stage import Stage
 from .transport import Transport
 from .worker import RESULTS, Inbox, Outbox
 
@@ -67,6 +66,7 @@ class Driver:
         self._reads_prompts = all(stage["reads_prompts"] for stage in stages)
         self._on_close = on_close
         self._model = model
+        self._stage = Stage(model)
         self._hidden_size = config.hidden_size
         self._vocab_size = config.vocab_size
         self._outbox = Outbox(transport, pass_bytes(config.hidden_size, model.max_kv_size))
@@ -93,7 +93,7 @@ class Driver:
         counts = {len(text.waiting) for text in texts}
         rows = sum(len(text.waiting) for text in texts)
         pools = {id(text.cache.pool) for text in texts}
-        has_plan = decode.plan_of(self._model) is not None
+        has_plan = self._stage.plan is not None
         together = rows <= MATVEC_ROWS and len(pools) == 1 and (has_plan or len(counts) == 1)
         if len(texts) > 1 and not (together and all(_want(t) is Want.TOKEN for t in texts)):
             for text in texts:
@@ -108,8 +108,7 @@ class Driver:
         while text.number not in self._results:
             if not self._under_way:
                 raise PipelineError("the text's last pass was interrupted; submit it again.")
-            with interrupts_deferred():
-                self._take_result()
+            self._take_result()
         token, numbers = self._results.pop(text.number)
         if text.sampling is None:
             assert numbers is not None
@@ -140,8 +139,7 @@ class Driver:
     def _pass(self, texts: list[Text], count: int | None, planned: bool) -> None:
         """One pass of the next ``count`` tokens of each text; None is all that wait."""
         while len(self._under_way) >= RESULTS:
-            with interrupts_deferred():
-                self._take_result()
+            self._take_result()
         ids = [text.waiting[:count] for text in texts]
         pool = texts[0].cache.pool
         assert isinstance(pool, LeadPool), "it was made before the model became a stage"
@@ -150,16 +148,15 @@ class Driver:
             next(self._numbers), pool.number, pool.max_tokens, planned, places,
             list(pool.copies), self._news(texts, places),
         )  # fmt: skip
-        with interrupts_deferred():  # the message is sent and accounted for, or neither
-            message = self._outbox.take()
-            out = message.put_pass(work, self._hidden_size)
         x = torch.tensor([token for new in ids for token in new])
+        message = self._outbox.take()
         try:
-            compute(self._model, work, x, [text.cache for text in texts], out)
+            out = message.put_pass(work, self._hidden_size)
+            self._stage.compute(work, x, [text.cache for text in texts], out)
         except BaseException:
             self._outbox.put_back(message)
             raise
-        with interrupts_deferred():
+        with interrupts_deferred():  # it is sent and accounted for, or neither
             self._outbox.send(message)
             self._account(work, texts, ids, pool)
 
@@ -230,10 +227,16 @@ class Driver:
     def _take_result(self) -> None:
         """Waits for the oldest result that is under way."""
         try:
-            message = self._inbox.next()
+            self._inbox.wait()
         except PipelineError:
             self._is_over = True
             raise
+        with interrupts_deferred():
+            self._sort_result()
+
+    def _sort_result(self) -> None:
+        """Gives each text of a result that has come what is its own."""
+        message = self._inbox.next()
         if message.kind is Kind.CONTROL:
             self._is_over = True
             raise PipelineError(message.control().get("failed", "the pipeline has ended."))

@@ -65,31 +65,39 @@ class StageCache:
             self._tables.pop(slot, None)
 
 
-@torch.inference_mode()
-def compute(
-    model: CausalLM, work: Pass, x: Tensor, cache: list[Sequence], out: Tensor | None
-) -> Tensor:
-    """What this rank's layers make of a pass: of ids int64 [rows], or of the residual stream f32
-    [rows, hidden_size] of the stage before.
+class Stage:
+    """This rank's layers: through the decode plan, or through the modules.
 
-    Returns the residual stream [rows, hidden_size], in ``out`` if that is given, or from the last
-    stage logits [texts, vocab_size] after each text's last row, if anybody wants them. The
-    sequences do not count the rows yet.
+    ``plan``  None if the model asks for modules, or has none
     """
-    counts = [place.count for place in work.places]
-    if work.planned:
-        plan = decode.plan_of(model)
-        assert plan is not None, "rank 0 has a plan, and all ranks have the same settings"
-        if out is None:
-            kept = work.rows if work.rows <= MATVEC_ROWS else int(work.wants_result)
-            out = torch.empty(kept, model.config.vocab_size)
-        length = work.places[0].length if len(counts) == 1 else 0
-        plan.advance(x, cache, counts, out, length)
+
+    def __init__(self, model: CausalLM) -> None:
+        self._model = model
+        self.plan = decode.plan_of(model)  # once: it looks at every module
+
+    @torch.inference_mode()
+    def compute(self, work: Pass, x: Tensor, cache: list[Sequence], out: Tensor | None) -> Tensor:
+        """What the layers make of a pass: of ids int64 [rows], or of the residual stream f32
+        [rows, hidden_size] of the stage before.
+
+        Returns the residual stream [rows, hidden_size], in ``out`` if that is given, or from the
+        last stage logits [texts, vocab_size] after each text's last row, if anybody wants them. The
+        sequences do not count the rows yet.
+        """
+        model = self._model
+        counts = [place.count for place in work.places]
         wants_logits = model.part.has_head and work.wants_result
-        return decode.last_rows(out, counts) if wants_logits else out
-    length = max(place.length for place in work.places)
-    hidden = model.advance(x.view(len(counts), counts[0], *x.shape[1:]), cache, length)
-    if model.part.has_head and work.wants_result:
-        return model.logits(hidden[:, -1:])[:, -1]
-    rows = hidden.flatten(0, 1)
-    return rows if out is None else out.copy_(rows)
+        if work.planned:
+            assert self.plan is not None, "rank 0 has one, and all have the same settings"
+            if out is None:
+                kept = work.rows if work.rows <= MATVEC_ROWS else int(work.wants_result)
+                out = torch.empty(kept, model.config.vocab_size)
+            length = work.places[0].length if len(counts) == 1 else 0
+            self.plan.advance(x, cache, counts, out, length)
+            return decode.last_rows(out, counts) if wants_logits else out
+        length = max(place.length for place in work.places)
+        hidden = model.advance(x.view(len(counts), counts[0], *x.shape[1:]), cache, length)
+        if wants_logits:
+            return model.logits(hidden[:, -1:])[:, -1]
+        rows = hidden.flatten(0, 1)
+        return rows if out is None else out.copy_(rows)

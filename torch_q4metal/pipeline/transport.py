@@ -32,7 +32,8 @@ class Transfer(Protocol):
     """One message on its way out or in."""
 
     def wait(self) -> None:
-        """Returns when the message has arrived in the buffer, or its bytes are free to change.
+        """Returns when the message has arrived in the buffer, or its bytes are free to change; at
+        once if it has returned before.
 
         Raises PipelineError, naming the neighbour's rank, if the link is gone.
         """

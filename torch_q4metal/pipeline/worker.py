@@ -14,7 +14,7 @@ from ..errors import PipelineError
 from ..models.base import CausalLM
 from ..sampling import SamplingParams
 from .message import Kind, Message, Pass, Want, pass_bytes, result_bytes
-from .stage import StageCache, compute
+from .stage import Stage, StageCache
 from .transport import Transfer, Transport
 
 _BUFFERS = 2  # one is computed on while the other is under way
@@ -27,16 +27,20 @@ class Outbox:
 
     def __init__(self, transport: Transport, capacity: int) -> None:
         self._transport = transport
+        self._capacity = capacity
         self._free = deque(Message(capacity) for _ in range(_BUFFERS))
         self._leaving: deque[tuple[Message, Transfer]] = deque()
 
     def take(self) -> Message:
         """A message to write. Waits until one is free."""
-        if not self._free:
-            message, transfer = self._leaving.popleft()
-            transfer.wait()
-            self._free.append(message)
-        return self._free.popleft()
+        if self._free:
+            return self._free.popleft()
+        if not self._leaving:  # an interrupt has lost the others
+            return Message(self._capacity)
+        message, transfer = self._leaving[0]
+        transfer.wait()
+        self._leaving.popleft()
+        return message
 
     def send(self, message: Message) -> None:
         """Starts to send what ``take`` gave."""
@@ -71,12 +75,14 @@ class Inbox:
         for _ in range(buffers):
             self.give_back(Message(capacity))
 
+    def wait(self) -> None:
+        """Returns when the next message is there."""
+        self._waiting[0][1].wait()
+
     def next(self) -> Message:
         """The next message; it is the caller's until it is given back."""
-        message, transfer = self._waiting[0]
-        transfer.wait()
-        self._waiting.popleft()
-        return message
+        self.wait()
+        return self._waiting.popleft()[0]
 
     def give_back(self, message: Message) -> None:
         self._waiting.append((message, self._transport.receive(message.buffer)))
@@ -118,6 +124,7 @@ class Worker:
         self._hidden_size = config.hidden_size
         self._rank = transport.rank
         self._next = (transport.rank + 1) % transport.world_size
+        self._stage = Stage(model)
         self._cache = StageCache(model)
         self._chooser = Chooser()
         size = pass_bytes(config.hidden_size, model.max_kv_size)
@@ -154,11 +161,11 @@ class Worker:
         cache = self._cache.follow(work)
         x = message.rows(self._hidden_size)
         if self._model.part.has_head:
-            self._finish(work, compute(self._model, work, x, list(cache), None))
+            self._finish(work, self._stage.compute(work, x, list(cache), None))
             return
         answer = self._outbox.take()
         out = answer.copy_pass(message, self._hidden_size)
-        compute(self._model, work, x, list(cache), out)
+        self._stage.compute(work, x, list(cache), out)
         self._outbox.send(answer)
 
     @torch.inference_mode()

@@ -14,6 +14,7 @@ DRIVER = "tests/sanitizer/decode_passes.cpp"
 PORTABLE = [
     "csrc/plan/plan.cpp",
     "csrc/cpu/executor.cpp",
+    "csrc/cpu/prefill.cpp",
     "csrc/cpu/threads.cpp",
     "csrc/cpu/codec.cpp",
     "csrc/cpu/ref.cpp",

@@ -2,7 +2,8 @@
 
 Decoding with modules costs a Python call for every operation. A plan is built once from the
 model's tensors, which stay where they are, and then computes the next logits of up to 8 rows in one
-operator, ``torch.ops.q4metal.decode_step``. The modules remain the definition: tests compare them.
+operator, ``torch.ops.q4metal.decode_step``. It reads prompts too, a chunk a call, in less time and
+memory than modules. The modules remain the definition: tests compare them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from . import _extension, ops
 from .cache import Sequence
 from .linear import PackedModule, Q4Embedding, Q4Linear
-from .models.base import MATVEC_ROWS, CausalLM
+from .models.base import MATVEC_ROWS, PREFILL_CHUNK, CausalLM
 
 _native = _extension.load()
 _DTYPES = {
@@ -87,19 +88,51 @@ class DecodePlan:
             sequence.append(tokens)
         return last_rows(logits, counts)
 
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether ``prefill`` works: dense layers are left to the modules, which are faster there."""
+        return self.native.has_packed_layers
+
+    def prefill(self, ids: List[int], sequence: Sequence) -> Tensor:
+        """Logits [1, vocab_size] f32 after the last of ids, any number of them.
+
+        They go through in the chunks of ``PREFILL_CHUNK``; each is in the sequence as a whole or
+        not at all, whatever interrupts. Raises ContextLengthError, before anything is computed, if
+        the sequence has no room.
+        """
+        sequence.reserve(len(ids))
+        length, done = sequence.length + len(ids), 0
+        while True:
+            chunk = ids[done : done + PREFILL_CHUNK - sequence.length % PREFILL_CHUNK]
+            done += len(chunk)
+            rows = len(chunk) if len(chunk) <= MATVEC_ROWS else int(done == len(ids))
+            logits = torch.empty(rows, self._width)
+            self.advance(torch.tensor(chunk), [sequence], [len(chunk)], logits, length)
+            sequence.append(chunk)
+            if done == len(ids):
+                return logits[-1:]
+
     def advance(
-        self, x: Tensor, cache: List[Sequence], counts: List[int], out: Tensor | None = None
+        self,
+        x: Tensor,
+        cache: List[Sequence],
+        counts: List[int],
+        out: Tensor | None = None,
+        length: int = 0,
     ) -> Tensor:
         """What the plan makes of so many rows for each sequence, R in all: of ids [R], or residual
-        rows [R, hidden_size] f32 if it does not embed.
+        rows [R, hidden_size] f32 if it does not embed. More than 8 rows are one sequence's.
 
         Returns logits [R, vocab_size] f32, or residual rows if it has no head, in ``out`` if that
-        is given. The sequences have room for their rows, and do not count them yet.
+        is given; of more than 8 rows, only the last len(out). The sequences have room for their
+        rows, and do not count them yet. ``length``: positions of the text once all chunks of its
+        prompt are done, if it is longer than these rows make it.
         """
         places = [range(s.length, s.length + count) for s, count in zip(cache, counts)]
         positions = torch.tensor([position for place in places for position in place])
         rope = torch.cat([
-            torch.stack(self._rope.rows(place.start, len(place), place.stop), 1) for place in places
+            torch.stack(self._rope.rows(place.start, len(place), max(place.stop, length)), 1)
+            for place in places
         ])  # fmt: skip
         if out is None:
             out = torch.empty(len(x), self._width)
@@ -183,12 +216,16 @@ def plan_of(model: CausalLM) -> DecodePlan | None:
 def forward(model: CausalLM, ids: List[List[int]], cache: List[Sequence]) -> Tensor:
     """Logits [B, V] f32 after the last of ids [B][L]; the tokens are appended to the sequences.
 
-    Up to 8 tokens go through the plan, more through the modules.
+    Up to 8 tokens in all are decoded together; else each text is read alone.
     """
     plan = plan_of(model)
     one_pool = len({id(sequence.pool) for sequence in cache}) == 1
     if plan is not None and one_pool and sum(map(len, ids)) <= MATVEC_ROWS:
         return plan.forward(ids, cache)
+    if plan is not None and plan.reads_prompts:
+        for tokens, sequence in zip(ids, cache, strict=True):
+            model.check_context(sequence.length + len(tokens))
+        return torch.cat([plan.prefill(tokens, text) for tokens, text in zip(ids, cache)])
     return model(torch.tensor(ids), cache, logits_to_keep=1)[:, -1]
 
 
@@ -202,10 +239,7 @@ def last_rows(rows: Tensor, counts: List[int]) -> Tensor:
 def _block_tables(cache: List[Sequence], counts: List[int]) -> Tensor:
     """int32 [rows, blocks]: each row's blocks in the order of positions, zeros behind them."""
     longest = max(len(sequence.block_table) for sequence in cache)
-    rows = [
-        sequence.block_table + [0] * (longest - len(sequence.block_table)) for sequence in cache
-    ]
-    return torch.tensor(
-        [row for row, count in zip(rows, counts, strict=True) for _ in range(count)],
-        dtype=torch.int32,
+    tables = torch.tensor(
+        [s.block_table + [0] * (longest - len(s.block_table)) for s in cache], dtype=torch.int32
     )
+    return tables.repeat_interleave(torch.tensor(counts), 0)

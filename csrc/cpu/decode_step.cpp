@@ -1,6 +1,7 @@
 // torch.ops.q4metal.decode_step on the CPU: checks the tensors and runs the plan behind a handle.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <pybind11/pybind11.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -36,6 +37,25 @@ void check_tables(const at::Tensor& tables, const int64_t* positions, int64_t bl
   }
 }
 
+// A chunk of a prompt takes seconds: Ctrl-C is to end it. Does nothing on other threads than
+// Python's main one.
+void raise_signals() {
+  pybind11::gil_scoped_acquire lock;
+  if (PyErr_CheckSignals() != 0)
+    throw pybind11::error_already_set();
+}
+
+// More rows than a matvec takes are a part of one prompt.
+void check_prompt(const int64_t* positions, int64_t rows, const at::Tensor& tables) {
+  const auto* table = tables.const_data_ptr<int32_t>();
+  for (int64_t m = 1; m < rows; ++m)
+    TORCH_CHECK_VALUE(positions[m] == positions[0] + m &&
+                          std::equal(table, table + positions[m] / plan::kBlockPositions + 1,
+                                     table + m * tables.size(1)),
+                      "row ", m, " of ", rows, " does not continue the text of row 0; more than ",
+                      plan::kMaxRows, " rows must be consecutive positions of one text");
+}
+
 void decode_step(int64_t handle, const at::Tensor& input, const at::Tensor& positions,
                  const at::Tensor& rope, const at::Tensor& block_tables,
                  const std::optional<at::Tensor>& sampling, at::TensorList kv, at::Tensor& out) {
@@ -49,9 +69,9 @@ void decode_step(int64_t handle, const at::Tensor& input, const at::Tensor& posi
   const auto& shape = executor->plan().shape;
   const bool embeds = executor->plan().embeds(), has_head = executor->plan().has_head();
   TORCH_CHECK_VALUE(input.dim() == (embeds ? 1 : 2) && input.size(0) >= 1 &&
-                        input.size(0) <= plan::kMaxRows,
+                        input.size(0) <= plan::kMaxPromptRows,
                     "input has shape ", input.sizes(), "; this decode plan takes 1 to ",
-                    plan::kMaxRows, embeds ? " token ids" : " residual rows");
+                    plan::kMaxPromptRows, embeds ? " token ids" : " residual rows");
   const int64_t rows = input.size(0);
   if (embeds)
     check_contiguous(input, "input", at::kLong, {rows});
@@ -63,11 +83,13 @@ void decode_step(int64_t handle, const at::Tensor& input, const at::Tensor& posi
                     "; it must be [R, blocks]");
   check_contiguous(block_tables, "block_tables", at::kInt, {rows, block_tables.size(1)});
   const bool wants_tokens = has_head && out.scalar_type() == at::kLong;
+  const bool is_prompt = rows > plan::kMaxRows;
+  const int64_t out_rows = is_prompt && out.dim() > 0 ? std::min(out.size(0), rows) : rows;
   if (wants_tokens)
-    check_contiguous(out, "out", at::kLong, {rows});
+    check_contiguous(out, "out", at::kLong, {out_rows});
   else
     check_contiguous(out, "out", at::kFloat,
-                     {rows, has_head ? shape.vocab_size : shape.hidden_size});
+                     {out_rows, has_head ? shape.vocab_size : shape.hidden_size});
 
   const auto* ids = embeds ? input.const_data_ptr<int64_t>() : nullptr;
   const auto* at = positions.const_data_ptr<int64_t>();
@@ -94,14 +116,16 @@ void decode_step(int64_t handle, const at::Tensor& input, const at::Tensor& posi
     blocks += slab.size(2);
   }
   check_tables(block_tables, at, blocks);
+  if (is_prompt)
+    check_prompt(at, rows, block_tables);
 
-  at::Tensor logits = wants_tokens ? at::empty({rows, shape.vocab_size}, rope.options()) : out;
-  const bool exists = executor->run({rows, ids, embeds ? nullptr : input.const_data_ptr<float>(),
-                                     at, rope.const_data_ptr<float>(),
-                                     block_tables.const_data_ptr<int32_t>(), block_tables.size(1),
-                                     slabs.data(), slab_blocks, logits.mutable_data_ptr<float>(),
-                                     wants_tokens ? out.mutable_data_ptr<int64_t>() : nullptr},
-                                    at::get_num_threads());
+  at::Tensor logits = wants_tokens ? at::empty({out_rows, shape.vocab_size}, rope.options()) : out;
+  const bool exists = executor->run(
+      {rows, ids, embeds ? nullptr : input.const_data_ptr<float>(), at,
+       rope.const_data_ptr<float>(), block_tables.const_data_ptr<int32_t>(), block_tables.size(1),
+       slabs.data(), slab_blocks, logits.mutable_data_ptr<float>(), out_rows,
+       wants_tokens ? out.mutable_data_ptr<int64_t>() : nullptr},
+      at::get_num_threads(), raise_signals);
   check_exists(exists);
 }
 

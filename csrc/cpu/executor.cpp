@@ -5,10 +5,9 @@
 #include <atomic>
 #include <cstring>
 #include <mutex>
-#include <new>
-#include <type_traits>
 
-#include "float_types.h"
+#include "aligned_memory.h"
+#include "embedding_row.h"
 #include "kernels.h"
 #include "threads.h"
 
@@ -27,34 +26,12 @@ constexpr int64_t kSplit = 512;
 // Rows of a matrix that a thread takes at a time: 64 rows of K = 576 are 18 KB of one stream.
 constexpr int64_t kRowsPerPiece = 64;
 
-constexpr size_t kAlign = 64;
-
-template <typename T> T* aligned(std::byte*& next, size_t count) {
-  T* start = reinterpret_cast<T*>(next);
-  next += (count * sizeof(T) + kAlign - 1) / kAlign * kAlign;
-  return start;
-}
-
-struct Memory {
-  std::byte* data = nullptr;
-  size_t size = 0;
-
-  void allocate(size_t bytes) {
-    data = static_cast<std::byte*>(::operator new(bytes, std::align_val_t(kAlign)));
-    size = bytes;
-    std::memset(data, 0, bytes);
-  }
-  Memory() = default;
-  Memory(const Memory&) = delete;
-  ~Memory() { ::operator delete(data, std::align_val_t(kAlign)); }
-};
-
 int64_t splits_of(int64_t positions) { return (positions + kSplit - 1) / kSplit; }
 
 } // namespace
 
 struct Executor::Workspace {
-  Memory shared;
+  AlignedMemory shared;
   float *hidden, *queries, *partial, *activation;
   float* rows_out; // outputs of a matrix before they are used: [kMaxRows, widest N], by their own
                    // threads
@@ -63,7 +40,7 @@ struct Executor::Workspace {
 
   // Scratch of one thread: the step's input, normalised and prepared.
   struct Thread {
-    Memory memory;
+    AlignedMemory memory;
     float* input;
     std::array<std::byte*, 3> prepared;
   };
@@ -77,9 +54,9 @@ struct Executor::Workspace {
       auto thread = std::make_unique<Thread>();
       thread->memory.allocate(input_floats * sizeof(float) + 3 * prepared_bytes + 8 * kAlign);
       std::byte* at = thread->memory.data;
-      thread->input = aligned<float>(at, input_floats);
+      thread->input = take<float>(at, input_floats);
       for (auto& prepared : thread->prepared)
-        prepared = aligned<std::byte>(at, prepared_bytes);
+        prepared = take<std::byte>(at, prepared_bytes);
       threads.push_back(std::move(thread));
     }
   }
@@ -99,7 +76,8 @@ int64_t widest_output(const plan::Plan& plan) {
 } // namespace
 
 Executor::Executor(plan::Plan plan, int64_t context)
-    : plan_(std::move(plan)), context_(context), workspace_(std::make_unique<Workspace>()) {
+    : plan_(std::move(plan)), context_(context), prefill_(plan_),
+      workspace_(std::make_unique<Workspace>()) {
   const auto& shape = plan_.shape;
   Workspace& w = *workspace_;
   const KernelTable& table = kernels();
@@ -120,19 +98,19 @@ Executor::Executor(plan::Plan plan, int64_t context)
           (shape.hidden_size + query + w.partial_stride + shape.intermediate_size + 2 * widest) +
       8 * kAlign);
   std::byte* at = w.shared.data;
-  w.hidden = aligned<float>(at, kMaxRows * shape.hidden_size);
-  w.queries = aligned<float>(at, kMaxRows * query);
-  w.partial = aligned<float>(at, kMaxRows * w.partial_stride);
-  w.activation = aligned<float>(at, kMaxRows * shape.intermediate_size);
-  w.rows_out = aligned<float>(at, kMaxRows * widest);
-  w.rows_up = aligned<float>(at, kMaxRows * widest);
+  w.hidden = take<float>(at, kMaxRows * shape.hidden_size);
+  w.queries = take<float>(at, kMaxRows * query);
+  w.partial = take<float>(at, kMaxRows * w.partial_stride);
+  w.activation = take<float>(at, kMaxRows * shape.intermediate_size);
+  w.rows_out = take<float>(at, kMaxRows * widest);
+  w.rows_up = take<float>(at, kMaxRows * widest);
   w.next = std::vector<std::atomic<int64_t>>(plan_.steps.size());
 }
 
 Executor::~Executor() = default;
 
 int64_t Executor::workspace_bytes() const {
-  int64_t total = int64_t(workspace_->shared.size);
+  int64_t total = int64_t(workspace_->shared.size) + prefill_.workspace_bytes();
   for (const auto& thread : workspace_->threads)
     total += int64_t(thread->memory.size);
   return total;
@@ -247,16 +225,7 @@ private:
 
   void embed(const Step& step) {
     share(in_.rows, [&](int64_t m) {
-      float* out = w_.hidden + m * shape_.hidden_size;
-      const Segment& segment = step.segments[0];
-      if (const auto* packed = std::get_if<PackedMatrix>(&segment.matrix))
-        return dequantize_row(*packed, in_.ids[m], DType::f32, out);
-      const auto& dense = std::get<DenseMatrix>(segment.matrix);
-      with_type(dense.dtype, [&]<typename T>() {
-        const T* row = static_cast<const T*>(dense.weight) + in_.ids[m] * dense.in_features;
-        for (int64_t k = 0; k < dense.in_features; ++k)
-          out[k] = widen(row[k]);
-      });
+      embedding_row(step.segments[0], in_.ids[m], w_.hidden + m * shape_.hidden_size);
     });
   }
 
@@ -283,27 +252,8 @@ private:
         if (s < 2)
           table_.vector.rope(row + head * dim, cos, cos + dim, dim);
         if (s > 0)
-          append(step.layer, s - 1, head, m, row + head * dim);
+          in_.append(shape_, step.layer, s - 1, head, m, row + head * dim);
       }
-    });
-  }
-
-  std::byte* block(int layer, int part, int64_t head, int64_t m, int64_t index) const {
-    const int64_t id = in_.block_tables[m * in_.table_stride + index];
-    const KvSlab& slab = in_.slabs[id / in_.slab_blocks];
-    const int64_t row = id % in_.slab_blocks;
-    const int64_t size = plan::kBlockPositions * shape_.head_dim * size_of(shape_.kv_dtype);
-    const int64_t blocks = (part * shape_.layers + layer) * slab.blocks + row;
-    return slab.data + (blocks * shape_.kv_heads + head) * size;
-  }
-
-  void append(int layer, int part, int64_t head, int64_t m, const float* values) {
-    const int64_t position = in_.positions[m], dim = shape_.head_dim;
-    std::byte* start = block(layer, part, head, m, position / plan::kBlockPositions);
-    with_type(shape_.kv_dtype, [&]<typename T>() {
-      T* out = reinterpret_cast<T*>(start) + position % plan::kBlockPositions * dim;
-      for (int64_t i = 0; i < dim; ++i)
-        out[i] = narrow<T>(values[i]);
     });
   }
 
@@ -317,7 +267,8 @@ private:
 
   template <int kPart> static const void* block_at(const void* context, int64_t index) {
     const auto& source = *static_cast<const BlockSource*>(context);
-    return source.pass->block(source.layer, kPart, source.head, source.row, index);
+    return source.pass->in_.block(source.pass->shape_, source.layer, kPart, source.head, source.row,
+                                  index);
   }
 
   void attention(const Step& step) {
@@ -410,17 +361,6 @@ private:
     });
   }
 
-  template <typename F> static void with_type(DType dtype, const F& f) {
-    switch (dtype) {
-    case DType::f32:
-      return f.template operator()<float>();
-    case DType::f16:
-      return f.template operator()<Half>();
-    case DType::bf16:
-      return f.template operator()<BFloat16>();
-    }
-  }
-
   const plan::Plan& plan_;
   const plan::Shape& shape_;
   Workspace& w_;
@@ -443,10 +383,14 @@ void Executor::close() {
   closed_ = true;
 }
 
-bool Executor::run(const TokenInputs& inputs, int threads) {
+bool Executor::run(const TokenInputs& inputs, int threads, void (*interrupted)()) {
   std::lock_guard<ForkSafeLock> turn(turn_);
   if (closed_)
     return false;
+  if (inputs.rows > kMaxRows) {
+    prefill_.run(inputs, threads, interrupted);
+    return true;
+  }
   workspace_->add_threads(threads);
   for (auto& counter : workspace_->next)
     counter.store(0, std::memory_order_relaxed);

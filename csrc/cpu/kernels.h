@@ -61,7 +61,26 @@ struct AttentionSplit {
   float* out; // [queries, head_dim + 2]: weighted values, maximum, sum
 };
 
-// What decoding computes beside packed matrices (vector_math.h), float32.
+// Consecutive rows of a prompt for the query heads that share a KV head. Every row attends to all
+// positions up to its own.
+struct AttentionRows {
+  float* queries; // [rows, heads, head_dim], rows `stride` floats apart; the results replace them
+  int64_t stride;
+  int64_t rows, heads, head_dim;
+  int64_t first; // position of the first row
+  float scale;
+  DType dtype; // of keys and values
+  const void* context;
+  const void* (*key_block)(const void* context, int64_t block);
+  const void* (*value_block)(const void* context, int64_t block);
+  float* scratch; // scratch_floats(...)
+
+  static int64_t scratch_floats(int64_t rows, int64_t heads, int64_t head_dim) {
+    return 2 * AttentionSplit::kBlockPositions * head_dim + rows * heads * (2 * head_dim + 2);
+  }
+};
+
+// What a decode plan computes beside packed matrices (vector_math.h), float32.
 struct VectorKernels {
   // out = gamma * x; returns 1 / sqrt(mean(x^2) + eps).
   float (*norm_gamma)(const float* x, const float* gamma, int64_t n, float eps, float* out);
@@ -73,6 +92,7 @@ struct VectorKernels {
   void (*dense_matvec)(const DenseMatrix& w, const float* x, int64_t rows, float* y, int64_t begin,
                        int64_t end);
   void (*attention_split)(const AttentionSplit& split);
+  void (*attention_rows)(const AttentionRows& rows);
   // Joins partial results `stride` floats apart, in their order, to out [dim].
   void (*attention_combine)(const float* partial, int64_t splits, int64_t stride, int64_t dim,
                             float* out);

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <type_traits>
 
 namespace q4metal::cpu {
 
@@ -43,15 +44,21 @@ private:
   alignas(64) std::atomic<uint32_t> round_{0};
 };
 
-// Calls body(begin, end) for pieces of [0, size) of `piece` elements, handed out from an atomic
-// counter: a thread that the machine slows down takes fewer pieces.
+// Calls body(begin, end), or body(begin, end, thread), for pieces of [0, size) of `piece` elements,
+// handed out from an atomic counter: a thread that the machine slows down takes fewer pieces.
 template <typename Body>
 void parallel_pieces(int threads, int64_t size, int64_t piece, const Body& body) {
   const int64_t pieces = (size + piece - 1) / piece;
   const int count = int(std::min<int64_t>(threads, pieces));
+  const auto call = [](const Body& body, int64_t begin, int64_t end, int thread) {
+    if constexpr (std::is_invocable_v<const Body&, int64_t, int64_t, int>)
+      body(begin, end, thread);
+    else
+      body(begin, end);
+  };
   if (count <= 1) {
     for (int64_t begin = 0; begin < size; begin += piece)
-      body(begin, std::min(begin + piece, size));
+      call(body, begin, std::min(begin + piece, size), 0);
     return;
   }
   struct Work {
@@ -64,13 +71,14 @@ void parallel_pieces(int threads, int64_t size, int64_t piece, const Body& body)
   work.body = &body;
   run_on_team(
       count,
-      [](void* context, int) {
+      [](void* context, int thread) {
         auto& shared = *static_cast<Work*>(context);
         for (;;) {
           const int64_t begin = shared.next.fetch_add(1, std::memory_order_relaxed) * shared.piece;
           if (begin >= shared.size)
             return;
-          (*shared.body)(begin, std::min(begin + shared.piece, shared.size));
+          decltype(call)()(*shared.body, begin, std::min(begin + shared.piece, shared.size),
+                           thread);
         }
       },
       &work);

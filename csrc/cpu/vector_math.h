@@ -276,48 +276,105 @@ Q4_INLINE void weigh_block(const float (*weights)[kBlock], const float* rescale,
     }
 }
 
-// One block for kQ query heads of one KV head. Per query head, `out` has dim values, then maximum
-// and sum.
+// One block for kQ queries, of which each sees its first `counts` positions. Per query, `out` has
+// dim values, then maximum and sum.
 template <int kQ, typename T>
-void attend_block(const AttentionSplit& a, const T* keys, const T* values, int count,
-                  const float* query, float* out) {
-  const int64_t dim = a.head_dim, stride = dim + 2;
+void attend_block(const T* keys, const T* values, const float* query, int64_t dim, float scale,
+                  const int* counts, float* out) {
+  const int64_t stride = dim + 2;
+  const int most = *std::max_element(counts, counts + kQ);
   alignas(32) float scores[kQ][kBlock];
   float rescale[kQ];
   if (dim % kWidth == 0)
-    score_block<kQ>(query, keys, dim, a.scale, scores);
+    score_block<kQ>(query, keys, dim, scale, scores);
   else
-    score_ragged<kQ>(query, keys, dim, a.scale, count, scores);
+    score_ragged<kQ>(query, keys, dim, scale, most, scores);
   for (int q = 0; q < kQ; ++q)
-    rescale[q] = soften(scores[q], count, out + q * stride + dim);
-  weigh_block<kQ>(scores, rescale, values, dim, count, out, stride);
+    rescale[q] = soften(scores[q], counts[q], out + q * stride + dim);
+  weigh_block<kQ>(scores, rescale, values, dim, most, out, stride);
 }
 
-// One split of the context for the query heads of one KV head, in blocks: running maximum, sum and
-// weighted values, rescaled once a block. A query head's numbers are the same in any company.
-template <typename T> void attend(const AttentionSplit& a) {
-  const int64_t dim = a.head_dim, stride = dim + 2;
-  for (int64_t q = 0; q < a.queries; ++q) {
-    float* out = a.out + q * stride;
+void start_attention(float* out, int64_t queries, int64_t dim) {
+  for (int64_t q = 0; q < queries; ++q, out += dim + 2) {
     std::fill(out, out + dim, 0.0f);
     out[dim] = -std::numeric_limits<float>::infinity();
     out[dim + 1] = 0.0f;
   }
+}
+
+// Queries [0, queries) in threes, then what is left. A query's numbers are the same in any company.
+// count(q): how many positions query q sees.
+template <typename T, typename Count>
+Q4_INLINE void attend_queries(const T* keys, const T* values, const float* query, int64_t queries,
+                              int64_t dim, float scale, float* out, const Count& count) {
+  int64_t q = 0;
+  const auto some = [&]<int kQ>() {
+    int counts[kQ];
+    for (int i = 0; i < kQ; ++i)
+      counts[i] = count(q + i);
+    if (counts[kQ - 1] > 0) // later queries see more
+      attend_block<kQ>(keys, values, query + q * dim, dim, scale, counts, out + q * (dim + 2));
+    q += kQ;
+  };
+  while (q + kQueries <= queries)
+    some.template operator()<kQueries>();
+  if (queries - q == 2)
+    some.template operator()<2>();
+  else if (queries - q == 1)
+    some.template operator()<1>();
+}
+
+// One split of the context for the query heads of one KV head, in blocks: running maximum, sum and
+// weighted values, rescaled once a block.
+template <typename T> void attend(const AttentionSplit& a) {
+  start_attention(a.out, a.queries, a.head_dim);
   for (int64_t first = a.begin; first < a.end; first += kBlock) {
     const int count = int(std::min<int64_t>(kBlock, a.end - first));
-    const T* keys = static_cast<const T*>(a.key_block(a.context, first / kBlock));
-    const T* values = static_cast<const T*>(a.value_block(a.context, first / kBlock));
-    int64_t q = 0;
-    const auto some = [&]<int kQ>() {
-      attend_block<kQ>(a, keys, values, count, a.query + q * dim, a.out + q * stride);
-      q += kQ;
-    };
-    while (q + kQueries <= a.queries)
-      some.template operator()<kQueries>();
-    if (a.queries - q == 2)
-      some.template operator()<2>();
-    else if (a.queries - q == 1)
-      some.template operator()<1>();
+    attend_queries(static_cast<const T*>(a.key_block(a.context, first / kBlock)),
+                   static_cast<const T*>(a.value_block(a.context, first / kBlock)), a.query,
+                   a.queries, a.head_dim, a.scale, a.out, [&](int64_t) { return count; });
+  }
+}
+
+// `count` values in float32: in place if they are, else in `scratch`.
+template <typename T> const float* widened(const T* values, int64_t count, float* scratch) {
+  if constexpr (std::is_same_v<T, float>) {
+    return values;
+  } else {
+    int64_t i = 0;
+    for (; i + kWidth <= count; i += kWidth)
+      store(scratch + i, widen8(values + i));
+    for (; i < count; ++i)
+      scratch[i] = widen(values[i]);
+    return scratch;
+  }
+}
+
+// Some rows of a prompt for the query heads of one KV head. A block is widened once for all.
+template <typename T> void attend_rows(const AttentionRows& a) {
+  const int64_t dim = a.head_dim, queries = a.rows * a.heads, end = a.first + a.rows;
+  float* const keys = a.scratch;
+  float* const values = keys + kBlock * dim;
+  float* const query = values + kBlock * dim;
+  float* const out = query + queries * dim;
+  for (int64_t r = 0; r < a.rows; ++r)
+    std::copy_n(a.queries + r * a.stride, a.heads * dim, query + r * a.heads * dim);
+  start_attention(out, queries, dim);
+  for (int64_t first = 0; first < end; first += kBlock) {
+    const int64_t size = std::min<int64_t>(kBlock, end - first) * dim;
+    attend_queries(
+        widened(static_cast<const T*>(a.key_block(a.context, first / kBlock)), size, keys),
+        widened(static_cast<const T*>(a.value_block(a.context, first / kBlock)), size, values),
+        query, queries, dim, a.scale, out, [&](int64_t q) {
+          return int(std::clamp<int64_t>(a.first + q / a.heads + 1 - first, 0, kBlock));
+        });
+  }
+  for (int64_t q = 0; q < queries; ++q) {
+    const float* from = out + q * (dim + 2);
+    float* to = a.queries + q / a.heads * a.stride + q % a.heads * dim;
+    const float inverse = 1.0f / from[dim + 1];
+    for (int64_t i = 0; i < dim; ++i)
+      to[i] = from[i] * inverse;
   }
 }
 
@@ -329,6 +386,17 @@ void attention_split(const AttentionSplit& a) {
     return attend<Half>(a);
   case DType::bf16:
     return attend<BFloat16>(a);
+  }
+}
+
+void attention_rows(const AttentionRows& a) {
+  switch (a.dtype) {
+  case DType::f32:
+    return attend_rows<float>(a);
+  case DType::f16:
+    return attend_rows<Half>(a);
+  case DType::bf16:
+    return attend_rows<BFloat16>(a);
   }
 }
 
@@ -353,7 +421,7 @@ void attention_combine(const float* partial, int64_t splits, int64_t stride, int
 }
 
 constexpr VectorKernels vector_kernels = {
-    norm_gamma, rope, swiglu, dense_matvec, attention_split, attention_combine};
+    norm_gamma, rope, swiglu, dense_matvec, attention_split, attention_rows, attention_combine};
 
 } // namespace
 } // namespace q4metal::cpu

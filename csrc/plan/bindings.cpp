@@ -118,6 +118,8 @@ void bind(py::module_& m) {
       .def_property_readonly("handle", &DecodePlan::handle)
       .def_property_readonly("weight_bytes",
                              [](const DecodePlan& p) { return p.plan().weight_bytes(); })
+      .def_property_readonly("has_packed_layers",
+                             [](const DecodePlan& p) { return p.plan().has_packed_layers(); })
       .def_property_readonly("workspace_bytes", &DecodePlan::workspace_bytes)
       .def_property_readonly("barriers",
                              [](const DecodePlan& p) { return p.plan().barrier_before; })

@@ -117,6 +117,16 @@ std::vector<Hazard> find_hazards(const std::vector<Step>& steps,
 
 bool Plan::embeds() const { return steps.front().kind == StepKind::embed; }
 
+bool Plan::has_packed_layers() const {
+  return std::all_of(steps.begin(), steps.end(), [](const Step& step) {
+    return step.layer < 0 || std::all_of(
+                                 step.segments.begin(), step.segments.end(),
+                                 [](const Segment& segment) {
+                                   return std::holds_alternative<PackedMatrix>(segment.matrix);
+                                 });
+  });
+}
+
 bool Plan::has_head() const { return steps.back().kind == StepKind::argmax; }
 
 int64_t Plan::weight_bytes() const {

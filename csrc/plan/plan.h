@@ -16,6 +16,7 @@
 namespace q4metal::plan {
 
 constexpr int kMaxRows = 8;         // sequences, or draft tokens, that one pass decodes together
+constexpr int kMaxPromptRows = 512; // of one text, that one pass reads
 constexpr int kBlockPositions = 32; // of a KV block
 
 // One matrix of a step: packed or left dense, with the layer's own bias [N] in float32, or none.
@@ -86,10 +87,11 @@ struct Plan {
   std::vector<Step> steps;
   std::vector<bool> barrier_before; // per step
 
-  bool embeds() const;          // its input is token ids, not residual rows
-  bool has_head() const;        // its output is logits, not residual rows
-  int64_t weight_bytes() const; // that a token reads, one row of the embedding included
-  std::string describe() const; // a line a step: shapes, bytes, buffers, barriers
+  bool embeds() const;            // its input is token ids, not residual rows
+  bool has_packed_layers() const; // nothing was left dense but the table, the head and the norms
+  bool has_head() const;          // its output is logits, not residual rows
+  int64_t weight_bytes() const;   // that a token reads, one row of the embedding included
+  std::string describe() const;   // a line a step: shapes, bytes, buffers, barriers
 };
 
 // Where barriers belong: before a step that has a hazard with a step since the last barrier.

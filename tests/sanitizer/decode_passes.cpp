@@ -91,6 +91,8 @@ plan::Plan build_plan(Weights& weights, Precision precision, DType kv_dtype) {
   return plan::build(shape, embedding, layers, plan::Head{weights.norm(kHidden), embedding});
 }
 
+constexpr int64_t kMostRows = 40; // of a pass
+
 // Eight texts with blocks and inputs of their own, and what a pass gives for them.
 class Texts {
 public:
@@ -100,8 +102,8 @@ public:
                           size_of(shape.kv_dtype);
     cache_.assign(bytes, std::byte(0));
     slab_ = {cache_.data(), blocks};
-    rope_.resize(plan::kMaxRows * 2 * kHeadDim);
-    for (int64_t m = 0; m < plan::kMaxRows; ++m)
+    rope_.resize(kMostRows * 2 * kHeadDim);
+    for (int64_t m = 0; m < kMostRows; ++m)
       for (int64_t i = 0; i < kHeadDim; ++i) {
         rope_[(2 * m + 0) * kHeadDim + i] = std::cos(float(m + i));
         rope_[(2 * m + 1) * kHeadDim + i] = std::sin(float(m + i));
@@ -121,7 +123,8 @@ public:
     }
     logits_.resize(rows * kVocab);
     executor.run({rows, ids.data(), nullptr, positions.data(), rope_.data(), tables.data(), kBlocks,
-                  &slab_, slab_.blocks, logits_.data(), wants_tokens ? tokens.data() : nullptr},
+                  &slab_, slab_.blocks, logits_.data(), rows,
+                  wants_tokens ? tokens.data() : nullptr},
                  threads);
     return logits_;
   }
@@ -140,7 +143,7 @@ struct PassKind {
 // Without greedy ids the last barrier would not be needed.
 constexpr PassKind kPasses[] = {{1, 0, false, false},  {8, 1, false, true},  {4, 29, true, false},
                                 {8, 60, false, false}, {3, 64, false, true}, {5, 508, true, false},
-                                {2, 520, false, true}};
+                                {2, 520, false, true}, {40, 470, true, true}};
 
 std::vector<float> decode(cpu::Executor& executor, int threads) {
   Texts texts(executor.plan().shape);

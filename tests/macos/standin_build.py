@@ -55,7 +55,7 @@ _COMPILER = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_in
 
 
 def _with_slip(file: Path) -> Path:
-    """The file, or a copy with the slip that a test planted (``Q4METAL_SLIP``: file, text, slip)."""
+    """The file, or a copy with the slip that a test planted in it (``Q4METAL_SLIP``)."""
     name, text, slip = json.loads(os.environ.get("Q4METAL_SLIP", '["", "", ""]'))
     if file != ROOT / name:
         return file

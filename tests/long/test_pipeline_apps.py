@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pexpect
 import tiny
+from speaking import write_speaking
 from torchrun import Terminal, run_torchrun
 
 LONG = {"config": {"max_position_embeddings": 2048}, "layers": 8}

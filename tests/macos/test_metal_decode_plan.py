@@ -147,8 +147,10 @@ def test_tokens_stay_on_the_device(tmp_path, standin):
     """Greedy ids: 5 L + 3 dispatches in one submission, nothing allocated, nothing waited for."""
     texts = tiny_texts(tmp_path / "model", standin, [33, 2])
     arguments = texts.arguments()
-    tokens = torch.empty(2, dtype=torch.int64).to("mps")
-    texts.step_on_mps(arguments, tokens)
+    tokens = torch.full((5,), -1).to("mps")
+    texts.step_on_mps(arguments, tokens[2:4])  # in the middle of a buffer
+    assert tokens.cpu()[[0, 1, 4]].tolist() == [-1] * 3
+    tokens = tokens[2:4]
     logits = texts.step_on_cpu(arguments)
     assert torch.equal(tokens.cpu(), logits.argmax(-1))
 

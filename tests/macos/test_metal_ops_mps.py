@@ -145,6 +145,11 @@ def test_nothing_to_do_dispatches_nothing(standin):
     assert len(standin.dispatches()) == before
 
 
+def test_a_failing_test_can_show_its_tensors():
+    """As pytest does: to print an MPS tensor takes a dozen operators and their fallbacks."""
+    assert repr(torch.arange(3.0).to("mps")) == "tensor([0., 1., 2.], device='mps:0')"
+
+
 def test_one_dispatch_an_operator_with_the_grid_of_launch_h(standin):
     w = packed(100, 576)
     x = torch.randn(9, 576)

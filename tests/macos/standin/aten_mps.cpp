@@ -3,10 +3,8 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/native/CPUFallback.h>
-#include <ATen/ops/_copy_from_and_resize_native.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/from_blob.h>
-#include <ATen/ops/resize_native.h>
 #include <ATen/ops/view_native.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
@@ -54,10 +52,13 @@ at::Tensor as_strided(const at::Tensor& self, at::IntArrayRef size, at::IntArray
 }
 
 at::Tensor copy_from_and_resize(const at::Tensor& self, const at::Tensor& to) {
-  TORCH_CHECK(to.sizes() == self.sizes() || to.numel() == 0, "the stand-in does not resize");
+  if (to.sizes() != self.sizes()) {
+    const auto made = empty(self.sizes(), to.scalar_type(), {}, {}, {}, {});
+    to.unsafeGetTensorImpl()->set_storage_keep_dtype(made.storage());
+    to.unsafeGetTensorImpl()->set_storage_offset(0);
+    to.unsafeGetTensorImpl()->set_sizes_contiguous(self.sizes());
+  }
   auto target = to;
-  if (to.sizes() != self.sizes())
-    target.set_(empty(self.sizes(), to.scalar_type(), {}, {}, {}, {}));
   return target.copy_(self);
 }
 

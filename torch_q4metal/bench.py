@@ -118,6 +118,7 @@ def measure(
     offline: bool = False,
     batch: int = 1,
     split: str = "auto",
+    stream_weights: bool = False,
 ) -> Result:
     """Loads the model and measures it. Raises what ``load_model`` raises."""
     import torch
@@ -133,7 +134,9 @@ def measure(
     threads = torch.get_num_threads()
     path = resolve_model(path_or_id, revision=revision, offline=offline)
     context = prompt_tokens + generation_tokens
-    settings = Settings(None, precision, context, eager=eager, split=split)
+    settings = Settings(
+        None, precision, context, eager=eager, split=split, stream_weights=stream_weights
+    )
     model = launch.load(path, settings)
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.vocab_size
@@ -232,8 +235,12 @@ def main(
         int, typer.Option("-b", "--batch", min=1, max=8, help="texts that are decoded together")
     ] = 1,
     split: Annotated[
-        str, typer.Option(help="under torchrun, layers of each rank: auto, memory or 10,18")
+        str, typer.Option(help="layers of each of several ranks: auto, memory or 10,18")
     ] = "auto",
+    stream_weights: Annotated[
+        bool,
+        typer.Option("--stream-weights", help="ranks without files get theirs from rank 0"),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="last line of stdout: one JSON object")
     ] = False,
@@ -250,11 +257,13 @@ def main(
     from .hub import resolve_model
     from .pipeline import launch
 
-    place = launch.torchrun_place()
+    place = launch.own_place()
     launch.set_threads(threads)
     if place is not None and place.rank > 0:
         source = model or str(builtin_model())
-        directory = functools.partial(resolve_model, source, revision=revision, offline=offline)
+        directory = functools.partial(
+            resolve_model, source, revision=revision, offline=offline or stream_weights
+        )
         if not launch.serve(launch.join(), directory):
             raise typer.Exit(EXIT_ERROR)
         return
@@ -273,6 +282,7 @@ def main(
             offline,
             batch,
             split,
+            stream_weights,
         )
     if as_json:
         print(json.dumps(asdict(result)))

@@ -16,7 +16,7 @@ import typer
 
 from .cli import EXIT_ERROR, run
 from .errors import ContextLengthError, Q4MetalError
-from .pipeline.launch import torchrun_place
+from .pipeline.launch import own_place
 
 if TYPE_CHECKING:
     from .chat_session import ChatSession
@@ -138,11 +138,20 @@ def main(
     split: Annotated[
         str | None,
         typer.Option(
-            help="Under torchrun, layers of each rank: auto (the default) by measured speed, "
+            help="Layers of each of several ranks: auto (the default) by measured speed, "
             "memory, or numbers like 10,18.",
             rich_help_panel=MODEL,
         ),
     ] = None,
+    stream_weights: Annotated[
+        bool,
+        typer.Option(
+            "--stream-weights",
+            help="With several ranks: those without the model's files get their layers from "
+            "rank 0, and keep them in the cache.",
+            rich_help_panel=MODEL,
+        ),
+    ] = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", help="Only answers and errors.", rich_help_panel=OUTPUT)
     ] = False,
@@ -173,18 +182,20 @@ def main(
     ] = False,
 ) -> None:
     """Chat with a 4-bit model, in a terminal or through pipes."""
-    place = torchrun_place()
+    place = own_place()
     is_later_rank = place is not None and place.rank > 0
     _prepare_streams(quiet or is_later_rank, debug)
     if place is None and split is not None:
         raise typer.BadParameter(
-            "it is for several ranks; start them with torchrun.", param_hint="--split"
+            "it is for several ranks; start them with torchrun or torch_q4metal.cluster.",
+            param_hint="--split",
         )
     if ignore_chat_template and (system_prompt or chat_template):
         given = "--system-prompt" if system_prompt else "--chat-template"
         raise typer.BadParameter("--ignore-chat-template leaves no use for it.", param_hint=given)
     model_options = (
-        model, revision, offline, dtype, precision, device, threads, context, force, eager, split
+        model, revision, offline, dtype, precision, device, threads, context, force, eager, split,
+        stream_weights,
     )  # fmt: skip
     if is_later_rank:  # the terminal and the question are the first one's
         from .chat_setup import ModelOptions, serve_stage
@@ -227,7 +238,7 @@ def main(
             show_stats=bool(stats),
             quiet=quiet,
             debug=debug,
-            signals=place is None,
+            signals=place is None or place.has_terminal,
         ).run()
 
 

@@ -4,7 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from .builtin_model import builtin_model
@@ -37,6 +37,7 @@ class ModelOptions:
     force: bool = False
     eager: bool = False
     split: str | None = None  # layers of each rank under torchrun; None is "auto"
+    stream_weights: bool = False  # ranks without files get theirs from rank 0
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ def serve_stage(options: ModelOptions) -> bool:
     False if it went wrong, which rank 0 tells.
     """
     launch.set_threads(options.threads)
+    if options.stream_weights:  # what is not here comes from rank 0, not from the hub
+        options = replace(options, offline=True)
     return launch.serve(launch.join(), lambda: _directory(options))
 
 
@@ -113,7 +116,7 @@ def _load(path: Path, options: ModelOptions, quiet: bool) -> CausalLM:
     with status(f"loading {path.name}", quiet):
         settings = Settings(
             options.dtype, options.precision, options.context, options.force, options.eager,
-            options.split or "auto", options.device,
+            options.split or "auto", options.device, options.stream_weights,
         )  # fmt: skip
         model = launch.load(path, settings)
     assert model.checkpoint is not None

@@ -28,7 +28,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def load_model(
-    path: str | Path,
+    path: str | Path | Checkpoint,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     precision: str | None = None,
@@ -39,6 +39,7 @@ def load_model(
 ) -> CausalLM:
     """The model in a directory, in eval mode and without gradients; its weights stay packed.
 
+    ``path``         the directory, or a checkpoint that is open already
     ``dtype``        of activations: None is f32 on the CPU
     ``device``       "cpu", which None means too
     ``precision``    "fast", "exact" or "int8"; None is exact for ``dtype`` f32, else fast
@@ -52,7 +53,7 @@ def load_model(
     """
     _check_device(device)
     precision = resolve_precision(dtype, precision)
-    checkpoint = Checkpoint.open(path)
+    checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
     family, config = read_family(checkpoint)
     context = resolve_context(config, max_kv_size)
     kv_dtype = torch.float32 if precision == "exact" else checkpoint.scales_dtype

@@ -30,7 +30,8 @@ _PROBE_BYTES = 128 << 20  # beyond most caches; six passes take 0.8 s at 1 GB/s
 class Settings:
     """How all ranks load the model: what rank 0's command line says. As ``load_model``'s options.
 
-    ``split``  "auto", "memory", or the layers of each stage, "10,18"
+    ``split``           "auto", "memory", or the layers of each stage, "10,18"
+    ``stream_weights``  ranks that have no files get theirs from rank 0
     """
 
     dtype: str | None = None
@@ -40,6 +41,7 @@ class Settings:
     eager: bool = False
     split: str = "auto"
     device: str | None = None
+    stream_weights: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -53,6 +55,7 @@ class RankInfo:
     ``memory``  what it may take; None where nobody can tell
     ``error``   why it cannot take part; then the rest may be missing
     ``checks``  facts that must be the same on every rank; see ``require_equal``
+    ``streams`` it has no files and gets its tensors from rank 0, so none of them can differ
     """
 
     rank: int
@@ -62,6 +65,7 @@ class RankInfo:
     memory: int | None = None
     error: str | None = None
     checks: dict[str, Any] = field(default_factory=dict)
+    streams: bool = False
 
 
 def ask_round(transport: Transport, content: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +124,8 @@ def require_equal(infos: list[RankInfo]) -> None:
     first = infos[0]
     for info in infos[1:]:
         facts: dict[str, tuple[Any, Any]] = {"package version": (first.version, info.version)}
-        facts |= {name: (value, info.checks.get(name)) for name, value in first.checks.items()}
+        checks = {} if info.streams else first.checks
+        facts |= {name: (value, info.checks.get(name)) for name, value in checks.items()}
         for name, (ours, theirs) in facts.items():
             if ours != theirs:
                 raise PipelineError(

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PipelineError, Q4MetalError
 
 if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
     from ..models.base import CausalLM
     from .handshake import RankInfo, Settings
     from .transport import Transport
@@ -25,10 +26,27 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Place:
-    """This process among the others."""
+    """This process among the others. ``has_terminal``: it is in the terminal's foreground, and so
+    gets Ctrl-C as a signal; torchrun's processes do not.
+    """
 
     rank: int
     world_size: int
+    has_terminal: bool = False
+
+
+_taken: tuple[Place, Callable[[], Transport]] | None = None
+
+
+def take_place(place: Place, join: Callable[[], Transport]) -> None:
+    """Makes this process one of several that torchrun did not start; ``join`` gives the ring."""
+    global _taken
+    _taken = place, join
+
+
+def own_place() -> Place | None:
+    """This process's place among several; None if it is alone."""
+    return torchrun_place() if _taken is None else _taken[0]
 
 
 def torchrun_place() -> Place | None:
@@ -55,7 +73,9 @@ def set_threads(threads: int | None) -> None:
 
 
 def join() -> Transport:
-    """The ring of the processes that torchrun started. Raises PipelineError."""
+    """The ring of all ranks. Raises PipelineError."""
+    if _taken is not None:
+        return _taken[1]()
     if os.environ.get("PYTORCH_ENABLE_MPS_FALLBACK") == "1":
         raise PipelineError(
             "PYTORCH_ENABLE_MPS_FALLBACK=1 makes torch.distributed silently wrong; unset it."
@@ -81,6 +101,7 @@ def lead(
     """
     from .driver import Driver
     from .handshake import RankInfo, ask_round, require_answers
+    from .weight_stream import send_weights
 
     stage = _Stage(transport.rank, path)
     answer = ask_round(transport, {"hello": asdict(settings), "ranks": [stage.hello(settings)]})
@@ -89,6 +110,7 @@ def lead(
         infos = [RankInfo(**info) for info in answer["ranks"]]
         ranges = stage.split(settings, infos)
         watch(infos)
+        send_weights(transport, stage.checkpoint, ranges, infos)
         load = {"load": [[part.start, part.stop] for part in ranges], "ranks": answer["ranks"]}
         answer = ask_round(transport, load | {"loaded": [stage.load(settings, ranges[0])]})
         require_answers(answer["loaded"])
@@ -111,7 +133,7 @@ def lead(
 
 def load(path: Path, settings: Settings) -> CausalLM:
     """The model in a directory: all of it in this process, or under torchrun rank 0's stage."""
-    if torchrun_place() is not None:
+    if own_place() is not None:
         transport = join()
         return lead(transport, lambda: path, settings, on_close=transport.close)
     from ..models import load_model
@@ -135,9 +157,11 @@ def serve(
     gone.
     """
     from .handshake import RankInfo, Settings, hear, pass_on
+    from .weight_stream import WeightReceiver
     from .worker import Worker
 
     stage = _Stage(transport.rank, path)
+    receiver = WeightReceiver(transport)
     settings = Settings()
     while True:
         content = hear(transport)
@@ -146,8 +170,11 @@ def serve(
             content["ranks"].append(stage.hello(settings))
         elif "load" in content:
             watch([RankInfo(**info) for info in content["ranks"]])
+            stage.checkpoint = receiver.checkpoint() or stage.checkpoint
             content["loaded"].append(stage.load(settings, range(*content["load"][transport.rank])))
+        receiver.answer(content)
         pass_on(transport, content)
+        receiver.follow(content)
         if "stop" in content:
             return False
         if "start" in content:
@@ -162,6 +189,7 @@ class _Stage:
     def __init__(self, rank: int, path: Callable[[], Path]) -> None:
         self.model: CausalLM | None = None
         self.error: Q4MetalError | None = None
+        self.checkpoint: Checkpoint
         self._rank = rank
         self._path = path
 
@@ -172,9 +200,11 @@ class _Stage:
 
         info = describe(self._rank, settings.split)
         try:
-            self._directory = self._path()
-            self._checkpoint = Checkpoint.open(self._directory)
+            self.checkpoint = Checkpoint.open(self._path())
         except Q4MetalError as error:
+            if settings.stream_weights and self._rank > 0:
+                logger.info("%s The weights come from rank 0.", error)
+                return asdict(replace(info, streams=True))
             return self._failed(error, asdict(info))
         return asdict(info)
 
@@ -187,12 +217,12 @@ class _Stage:
         from .handshake import choose_split, require_equal
 
         require_equal(infos)
-        _, config = read_family(self._checkpoint)
+        _, config = read_family(self.checkpoint)
         context = resolve_context(config, settings.max_kv_size)
         exact = resolve_precision(settings.torch_dtype, settings.precision) == "exact"
-        kv_dtype = torch.float32 if exact else self._checkpoint.scales_dtype
+        kv_dtype = torch.float32 if exact else self.checkpoint.scales_dtype
         kv_bytes = context * kv_bytes_per_token(config, kv_dtype, layers=1)
-        return choose_split(settings, infos, self._checkpoint, config, kv_bytes)
+        return choose_split(settings, infos, self.checkpoint, config, kv_bytes)
 
     def load(self, settings: Settings, layers: range) -> dict[str, Any]:
         """Loads the layers, and says how much that took."""
@@ -202,7 +232,7 @@ class _Stage:
         info = {"rank": self._rank, "host": os.uname().nodename}
         try:
             self.model = load_model(
-                self._directory,
+                self.checkpoint,
                 settings.torch_dtype,
                 settings.device,
                 settings.precision,

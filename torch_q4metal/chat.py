@@ -184,7 +184,10 @@ def main(
     """Chat with a 4-bit model, in a terminal or through pipes."""
     place = own_place()
     is_later_rank = place is not None and place.rank > 0
-    _prepare_streams(quiet or is_later_rank, debug)
+    # Under torchrun all ranks share a terminal, which is the first one's.
+    _prepare_streams(
+        quiet or (place is not None and is_later_rank and not place.has_terminal), debug
+    )
     if place is None and split is not None:
         raise typer.BadParameter(
             "it is for several ranks; start them with torchrun or torch_q4metal.cluster.",

@@ -60,10 +60,12 @@ class QueueTransfer:
 
 
 @contextmanager
-def threads_ring(path: Path, ranges: list[range], **options: Any) -> Iterator[CausalLM]:
+def threads_ring(
+    path: Path, ranges: list[range], transports: list[Any] | None = None, **options: Any
+) -> Iterator[CausalLM]:
     """Rank 0's model, with its ``ring``; the other ranks are threads.
 
-    ``options`` are those of ``load_model``, and ``eager``.
+    ``transports`` are queues if left out; ``options`` are those of ``load_model``, and ``eager``.
     """
     eager = options.pop("eager", False)
     models = [load_model(path, layers=part, **options) for part in ranges]
@@ -71,8 +73,9 @@ def threads_ring(path: Path, ranges: list[range], **options: Any) -> Iterator[Ca
         model.eager = eager
     plans = [decode.plan_of(model) for model in models]
     reads_prompts = all(plan is not None and plan.reads_prompts for plan in plans)
-    links: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in ranges]
-    transports = [QueueTransport(rank, links) for rank in range(len(ranges))]
+    if transports is None:
+        links: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in ranges]
+        transports = [QueueTransport(rank, links) for rank in range(len(ranges))]
     workers = [
         Worker(transport, model)
         for transport, model in zip(transports[1:], models[1:], strict=True)

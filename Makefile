@@ -1,7 +1,8 @@
 # make chat   sets everything up in .venv, fetches the built-in model, opens the chat
 # make test   the same, then all tests        make lint    style and types
 # make test-long     slow tests: every instruction set, sanitizers
-# make test-system   tests that need Debian packages, which it installs: NEON kernels under qemu
+# make test-system   as root, with Debian packages that it installs: NEON kernels under qemu, hosts as
+#                    network namespaces
 # make test-macos-link   compiles and links the extension for Apple silicon, on any machine
 # make clean  removes what make made here
 # Works with GNU make 3.81 (macOS) and any POSIX shell. Everything but an answer goes to stderr.
@@ -10,7 +11,7 @@ SHELL = /bin/sh
 VENV = .venv
 PY = $(VENV)/bin/python
 SETUP = PYTHON="$(PYTHON)" VENV="$(VENV)" sh scripts/setup.sh
-SYSTEM_PACKAGES = qemu-user
+SYSTEM_PACKAGES = qemu-user iproute2
 CXX_FILES = $$(find csrc tests/kernels tests/sanitizer -name '*.cpp' -o -name '*.h')
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 

@@ -83,7 +83,9 @@ def run(
 
     launch.take_place(launch.Place(rank, world_size, has_terminal=True), join)
     module = importlib.import_module(f".{name}", __package__)
-    module.app(args=words, prog_name=name, standalone_mode=False)
+    status = module.app(args=words, prog_name=name, standalone_mode=False)
+    if isinstance(status, int) and status:
+        raise typer.Exit(status)
 
 
 if __name__ == "__main__":

@@ -91,6 +91,7 @@ class ZmqTransport:
         self._poller.register(self.watch.alarm, zmq.POLLIN)
         self._poller.register(self._in.socket, zmq.POLLIN)
         self._is_joined = True
+        logger.info("rank %d: all %d ranks are there", rank, world_size)
 
     # ---- Transport
 

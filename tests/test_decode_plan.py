@@ -256,6 +256,10 @@ def test_an_interrupt_ends_a_prompt_between_layers(tmp_path):
     expected = plan.prefill(ids, model.make_cache(1536))
     inside = []
 
+    def read_and_wait(cache):
+        plan.prefill(ids, cache)
+        signal.pause()
+
     def interrupt(_, frame):
         inside.append(frame.f_code.co_filename.endswith("_ops.py"))
         raise KeyboardInterrupt
@@ -266,8 +270,7 @@ def test_an_interrupt_ends_a_prompt_between_layers(tmp_path):
             cache = model.make_cache(1536)
             signal.setitimer(signal.ITIMER_REAL, 0.002 * attempt)
             with pytest.raises(KeyboardInterrupt):
-                plan.prefill(ids, cache)
-                signal.pause()
+                read_and_wait(cache)
             assert cache.length % 512 == 0
             if cache.length < 1536:
                 assert torch.equal(plan.prefill(ids[cache.length :], cache), expected)

@@ -90,7 +90,7 @@ class DecodePlan:
 
     @property
     def reads_prompts(self) -> bool:
-        """Whether ``prefill`` works: dense layers are left to the modules, which are faster there."""
+        """Whether ``prefill`` is faster than modules: it is not where layers were left dense."""
         return self.native.has_packed_layers
 
     def prefill(self, ids: List[int], sequence: Sequence) -> Tensor:

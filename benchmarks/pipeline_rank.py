@@ -1,0 +1,144 @@
+"""One rank of pipeline.py: ``python pipeline_rank.py JSON``. Pins itself; writes what it measured.
+
+Every rank times its own layers, so that what a token takes besides can be laid to the hops.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+TASK: dict[str, Any] = json.loads(sys.argv[1])
+if TASK["cores"]:  # before torch makes threads: they inherit it
+    os.sched_setaffinity(0, TASK["cores"])
+
+import torch  # noqa: E402
+
+from torch_q4metal.generation import decode_together, generate_step  # noqa: E402
+from torch_q4metal.models.base import PREFILL_CHUNK, CausalLM  # noqa: E402
+from torch_q4metal.pipeline import launch  # noqa: E402
+from torch_q4metal.pipeline.handshake import Settings  # noqa: E402
+from torch_q4metal.pipeline.message import Pass  # noqa: E402
+from torch_q4metal.pipeline.stage import Stage  # noqa: E402
+from torch_q4metal.pipeline.transport import Transport  # noqa: E402
+
+
+class TimedStage:
+    """Wraps ``Stage.compute``. ``passes``: (number, seconds) of each pass of one token."""
+
+    def __init__(self) -> None:
+        self.passes: list[tuple[int, float]] = []
+        compute = Stage.compute
+
+        def timed(stage: Stage, work: Pass, *rest: Any) -> Any:
+            begin = time.perf_counter()
+            result = compute(stage, work, *rest)
+            if work.rows == 1:
+                self.passes.append((work.number, time.perf_counter() - begin))
+            return result
+
+        Stage.compute = timed  # type: ignore[method-assign]
+
+
+def join() -> Transport:
+    rank, size = TASK["rank"], TASK["stages"]
+    if TASK["transport"] == "gloo":
+        os.environ |= {
+            "RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(TASK["port"]), "LOCAL_WORLD_SIZE": str(size),
+        }  # fmt: skip
+        return launch.join()
+    from torch_q4metal.pipeline.key_file import read_key
+    from torch_q4metal.pipeline.zmq_address import Address
+    from torch_q4metal.pipeline.zmq_transport import ZmqTransport
+
+    first = Address("127.0.0.1", TASK["port"])
+    return ZmqTransport(rank, size, first, read_key(Path(TASK["key"])))
+
+
+@contextmanager
+def loaded() -> Iterator[CausalLM]:
+    """The model of one process, or rank 0's."""
+    path, context = Path(TASK["path"]), len(TASK["prompt"]) + TASK["tokens"]
+    settings = Settings(max_kv_size=context, split=TASK["split"])
+    if TASK["stages"] == 1:
+        yield launch.load(path, settings)
+        return
+    transport = join()
+    model = launch.lead(transport, lambda: path, settings, on_close=transport.close)
+    yield model
+    assert model.engine is not None
+    model.engine.close()
+
+
+def decode(model: CausalLM, prompts: list[list[int]]) -> tuple[list[list[int]], float]:
+    """(tokens of each text, seconds for one of each after the first)."""
+    found: list[list[int]] = [[] for _ in prompts]
+    times: list[float] = []
+
+    def take(index: int, token: int, last: bool) -> bool:
+        found[index].append(token)
+        times.append(time.perf_counter())
+        return False
+
+    decode_together(model, [list(prompt) for prompt in prompts], TASK["tokens"], take)
+    count = len(prompts)
+    return found, (times[-1] - times[count - 1]) / (len(times) / count - 1)
+
+
+def prefill(model: CausalLM, overlapped: bool) -> tuple[int, float]:
+    """(first token, seconds to it). Not overlapped: each chunk is waited for before the next."""
+    prompt: list[int] = TASK["prompt"]
+    cache = model.make_cache()
+    begin = time.perf_counter()
+    ends = [] if overlapped else list(range(PREFILL_CHUNK, len(prompt), PREFILL_CHUNK))
+    token = -1
+    for end in [*ends, len(prompt)]:
+        steps = generate_step(prompt[:end], model, max_tokens=1, cache=cache, logprobs=False)
+        token = next(steps)[0]
+        steps.close()
+    return token, time.perf_counter() - begin
+
+
+def measure(model: CausalLM, timed: TimedStage) -> dict[str, Any]:
+    short: list[int] = TASK["prompt"][:16]
+    batch = [TASK["prompt"][i : i + 16] for i in range(4)]
+    result: dict[str, Any] = {name: [] for name in ("token_s", "batch_s", "overlap_s", "waiting_s")}
+    result["alone"] = []  # the passes of one text alone: what hops are reckoned from
+    for number in range(TASK["rounds"] + 1):  # the first one warms up
+        begin = len(timed.passes)
+        ids, token_s = decode(model, [short])
+        alone = [number for number, _ in timed.passes[begin:]]
+        together, batch_s = decode(model, batch)
+        first, overlap_s = prefill(model, overlapped=True)
+        same, waiting_s = prefill(model, overlapped=False)
+        result["ids"] = [ids[0], together, first, same]
+        if number:
+            times = (token_s, batch_s, overlap_s, waiting_s)
+            for name, seconds in zip(list(result), times, strict=False):
+                result[name].append(seconds)
+            result["alone"].append(alone)
+    return result
+
+
+def main() -> None:
+    torch.set_num_threads(TASK["threads"])
+    timed = TimedStage()
+    result: dict[str, Any] = {}
+    if TASK["rank"] == 0:
+        with loaded() as model:
+            result = measure(model, timed)
+    else:
+        transport = join()
+        launch.serve(transport, lambda: Path(TASK["path"]))
+        transport.close()
+    result["passes"] = timed.passes
+    Path(TASK["out"]).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -39,7 +39,8 @@ logger = logging.getLogger(__name__)
 
 _AHEAD = 4  # messages that may lie on each side of a link
 _LARGEST = 1 << 31  # bytes of a message, as transport.py says
-_CLOSING = 5.0  # seconds to deliver what was sent, and to let rank 0 be the first to go
+_CLOSING = 5.0  # seconds to deliver what was sent
+_GRACE = 2.0  # seconds to let rank 0 be the first to go
 _RETRY_MS = 1  # between attempts to send to a receiver that is behind
 _HELLO = 1 << 16  # bytes of a message of the joining, at most
 
@@ -107,13 +108,17 @@ class ZmqTransport:
         return incoming
 
     def close(self) -> None:
-        """As ``Transport.close``. A rank that ends in good order waits for rank 0 to go first."""
+        """As ``Transport.close``. All let rank 0 go first.
+
+        So that at a good end nobody seems to be lost, and when a rank is lost, rank 0 sees that
+        before it sees that rank's neighbours go.
+        """
         if self._is_closed:
             return
         self._is_closed = True
         atexit.unregister(self.close)
-        if self._is_joined and self.rank > 0 and self.watch.loss is None:
-            self.watch.alarm.poll(int(_CLOSING * 1000))
+        if self._is_joined and self.rank > 0:
+            self.watch.rank_0_left.wait(_GRACE)
         self.watch.stop()
         for each in self._sockets:
             each.close(int(_CLOSING * 1000) if self._is_joined else 200)
@@ -293,7 +298,7 @@ class ZmqTransport:
             made.heartbeat_ivl = int(self._timeout * 300)
             made.heartbeat_timeout = int(self._timeout * 600)
             made.heartbeat_ttl = int(self._timeout * 900)
-        self.watch.add_client(made, name, refusal)
+        self.watch.add_client(made, name, refusal, is_star=heartbeat)
         return made
 
 

@@ -40,11 +40,13 @@ class Watch:
     ``loss``     the first link that is gone, in words; None while all are well
     ``alarm``    a socket for the thread that computes: readable once there is a ``loss``
     ``on_loss``  called with the ``loss``, in this thread
+    ``rank_0_left``  set when the star's link is gone, be it the first or not
     """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], public_key: bytes) -> None:
         self.loss: str | None = None
         self.on_loss: Callable[[str], None] = lambda loss: None
+        self.rank_0_left = threading.Event()
         self._public_key = z85.decode(public_key)
         self._answers = context.socket(zmq.REP)
         self._answers.bind("inproc://zeromq.zap.01")  # where libzmq asks (RFC 27)
@@ -53,15 +55,19 @@ class Watch:
         self.alarm = context.socket(zmq.PAIR)
         self.alarm.connect("inproc://alarm")
         self._monitors: dict[zmq.Socket[bytes], _Server | _Client] = {}
+        self._star: zmq.Socket[bytes] | None = None
         self._thread = threading.Thread(target=self._run, name="links", daemon=True)
 
-    def add_client(self, connecting: zmq.Socket[bytes], name: str, refusal: str) -> None:
+    def add_client(
+        self, connecting: zmq.Socket[bytes], name: str, refusal: str, is_star: bool = False
+    ) -> None:
         """Before ``start``: watches a socket with one connection, to ``name``.
 
         ``refusal``  what to say if the other side does not take this rank's key
         """
         monitor = connecting.get_monitor_socket(_EVENTS)
         self._monitors[monitor] = _Client(name, refusal)
+        self._star = monitor if is_star else self._star
 
     def add_server(self, listening: zmq.Socket[bytes]) -> dict[int, str]:
         """Before ``start``: watches a socket that others connect to.
@@ -95,6 +101,8 @@ class Watch:
                         self._admit()
                     elif loss := self._monitors[ready].hear(ready):
                         self._report(loss)
+                        if ready is self._star:
+                            self.rank_0_left.set()
         finally:
             for polled in (self._inner, self._answers, *self._monitors):
                 polled.close(0)

@@ -188,10 +188,10 @@ def main(
     _prepare_streams(
         quiet or (place is not None and is_later_rank and not place.has_terminal), debug
     )
-    if place is None and split is not None:
+    if place is None and (split is not None or stream_weights):
         raise typer.BadParameter(
             "it is for several ranks; start them with torchrun or torch_q4metal.cluster.",
-            param_hint="--split",
+            param_hint="--stream-weights" if split is None else "--split",
         )
     if ignore_chat_template and (system_prompt or chat_template):
         given = "--system-prompt" if system_prompt else "--chat-template"

@@ -101,14 +101,18 @@ def stop(host: Host) -> None:
     for process in host.processes:
         with suppress(subprocess.TimeoutExpired):
             process.communicate(timeout=10)
-    pids = subprocess.run(
-        ["ip", "netns", "pids", host.name], capture_output=True, text=True, check=False
-    )
-    for pid in pids.stdout.split():  # torchrun's workers have sessions of their own
-        os.kill(int(pid), signal.SIGKILL)
+    remove(host.name)
     for process in host.processes:
         process.communicate()
-    subprocess.run(["ip", "netns", "delete", host.name], capture_output=True, check=False)
+
+
+def remove(name: str) -> None:
+    """Removes a namespace, if it is there, and all that runs in it."""
+    pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
+    for pid in pids.stdout.split():  # torchrun's workers have sessions of their own
+        with suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+    subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
 def remove_abandoned() -> None:
@@ -116,7 +120,7 @@ def remove_abandoned() -> None:
     listed = call("ip", "netns", "list")
     for name, pid in re.findall(rf"^({PREFIX}-(\d+)-\w+)", listed, re.MULTILINE):
         if not Path(f"/proc/{pid}").exists():
-            call("ip", "netns", "delete", name)
+            remove(name)
 
 
 def call(*words: str) -> str:

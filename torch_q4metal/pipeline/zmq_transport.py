@@ -295,8 +295,9 @@ class ZmqTransport:
         made = self._socket(zmq.DEALER)
         made.curve_serverkey = self._key.public
         if heartbeat:  # a beat and the wait for its answer fit into the timeout, on either side
-            made.heartbeat_ivl = int(self._timeout * 300)
-            made.heartbeat_timeout = int(self._timeout * 600)
+            # Often: rank 0 hears with the first beat after how long a silence this rank is gone.
+            made.heartbeat_ivl = int(min(1.0, self._timeout * 0.2) * 1000)
+            made.heartbeat_timeout = int(self._timeout * 700)
             made.heartbeat_ttl = int(self._timeout * 900)
         self.watch.add_client(made, name, refusal, is_star=heartbeat)
         return made

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import termios
 import threading
 
 import pexpect
@@ -82,6 +83,21 @@ def test_all_ranks_end_when_one_is_killed(ranks, tmp_path, endless, victim):
             assert process.wait(15) not in (0, None)
     if victim > 0:
         assert f"rank {victim} on" in "".join(ring.errors[0])
+
+
+def test_an_idle_chat_ends_when_a_rank_is_killed(ranks, tmp_path, endless):
+    """By itself, and it leaves the terminal as it was."""
+    ring = ranks(2, "chat", "--model", endless, "--threads", 1)
+    child = terminal(ring, tmp_path)
+    before = termios.tcgetattr(child.child_fd)
+    later = ring.start(1)
+    child.expect_exact(">>>")
+    later.kill()
+    child.expect_exact("error: the link to rank 1 on")
+    child.expect(pexpect.EOF)
+    assert termios.tcgetattr(child.child_fd) == before
+    child.close()
+    assert child.exitstatus == 1
 
 
 def test_ctrl_c_while_waiting(ranks):

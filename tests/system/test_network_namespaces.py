@@ -94,7 +94,7 @@ def test_hosts_write_what_one_process_writes(
             words = [*command(start, hosts, host, key), "--model", path, *QUESTION]
             words += ["--stream-weights"] if streamed else []
             processes.append(host.start(*words))
-        outputs = [process.communicate(timeout=240) for process in processes]
+        outputs = [process.communicate(timeout=120) for process in processes]
         record_property("seconds", time.monotonic() - begin)
         for process, (_, errors) in zip(processes, outputs, strict=True):
             assert process.returncode == 0, errors

@@ -139,7 +139,10 @@ class ZmqTransport:
     def wait_for(self, incoming: _Incoming) -> None:
         """Fills buffers in their order, until this one's turn has come."""
         while not incoming.is_done:
-            ready = dict(self._poller.poll())
+            if self._outgoing:  # on a slow link libzmq had no room; the answer may depend on it
+                with interrupts_deferred():
+                    self.push()
+            ready = dict(self._poller.poll(_RETRY_MS if self._outgoing else None))
             if self._in.socket in ready or self._in.socket.poll(0):  # what has come is taken first
                 with interrupts_deferred():  # a message that was taken is accounted for
                     self._take()

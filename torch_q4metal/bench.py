@@ -119,6 +119,7 @@ def measure(
     batch: int = 1,
     split: str = "auto",
     stream_weights: bool = False,
+    stage_timeout: float = 30.0,
 ) -> Result:
     """Loads the model and measures it. Raises what ``load_model`` raises."""
     import torch
@@ -135,7 +136,13 @@ def measure(
     path = resolve_model(path_or_id, revision=revision, offline=offline)
     context = prompt_tokens + generation_tokens
     settings = Settings(
-        None, precision, context, eager=eager, split=split, stream_weights=stream_weights
+        None,
+        precision,
+        context,
+        eager=eager,
+        split=split,
+        stream_weights=stream_weights,
+        stage_timeout=stage_timeout,
     )
     model = launch.load(path, settings)
     generator = torch.Generator().manual_seed(0)
@@ -237,6 +244,9 @@ def main(
     split: Annotated[
         str, typer.Option(help="layers of each of several ranks: auto, memory or 10,18")
     ] = "auto",
+    stage_timeout: Annotated[
+        float, typer.Option(min=1, help="seconds after which a silent rank counts as lost")
+    ] = 30.0,
     stream_weights: Annotated[
         bool,
         typer.Option("--stream-weights", help="ranks without files get theirs from rank 0"),
@@ -264,7 +274,11 @@ def main(
         directory = functools.partial(
             resolve_model, source, revision=revision, offline=offline or stream_weights
         )
-        if not launch.serve(launch.join(), directory):
+        transport = launch.join()
+        from .pipeline.handshake import Settings
+
+        own = Settings(precision=precision)
+        if not launch.serve(transport, directory, launch.watch_over(transport), own):
             raise typer.Exit(EXIT_ERROR)
         return
     if model is None:
@@ -283,6 +297,7 @@ def main(
             batch,
             split,
             stream_weights,
+            stage_timeout,
         )
     if as_json:
         print(json.dumps(asdict(result)))

@@ -143,6 +143,15 @@ def main(
             rich_help_panel=MODEL,
         ),
     ] = None,
+    stage_timeout: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            help="With several ranks, seconds after which a silent one counts as lost; 30 if left "
+            "out.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     stream_weights: Annotated[
         bool,
         typer.Option(
@@ -199,6 +208,7 @@ def main(
     model_options = (
         model, revision, offline, dtype, precision, device, threads, context, force, eager, split,
         stream_weights,
+        stage_timeout,
     )  # fmt: skip
     if is_later_rank:  # the terminal and the question are the first one's
         from .chat_setup import ModelOptions, serve_stage

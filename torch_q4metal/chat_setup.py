@@ -15,6 +15,7 @@ from .hub import resolve_model
 from .models import CausalLM
 from .pipeline import launch
 from .pipeline.handshake import Settings
+from .pipeline.liveness import DEFAULT_TIMEOUT
 from .sampling import SamplingParams
 from .terminal import status
 from .tokenizer import Tokenizer
@@ -38,6 +39,7 @@ class ModelOptions:
     eager: bool = False
     split: str | None = None  # layers of each rank under torchrun; None is "auto"
     stream_weights: bool = False  # ranks without files get theirs from rank 0
+    stage_timeout: float | None = None  # seconds until a silent rank counts as lost; None is 30
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,9 @@ def serve_stage(options: ModelOptions) -> bool:
     launch.set_threads(options.threads)
     if options.stream_weights:  # what is not here comes from rank 0, not from the hub
         options = replace(options, offline=True)
-    return launch.serve(launch.join(), lambda: _directory(options))
+    transport = launch.join()
+    watch, own = launch.watch_over(transport), _settings(options)
+    return launch.serve(transport, lambda: _directory(options), watch, own)
 
 
 def merge_sampling(given: SamplingOptions, defaults: GenerationDefaults) -> SamplingParams:
@@ -114,15 +118,19 @@ def merge_sampling(given: SamplingOptions, defaults: GenerationDefaults) -> Samp
 def _load(path: Path, options: ModelOptions, quiet: bool) -> CausalLM:
     begin = time.perf_counter()
     with status(f"loading {path.name}", quiet):
-        settings = Settings(
-            options.dtype, options.precision, options.context, options.force, options.eager,
-            options.split or "auto", options.device, options.stream_weights,
-        )  # fmt: skip
-        model = launch.load(path, settings)
+        model = launch.load(path, _settings(options))
     assert model.checkpoint is not None
     gigabytes, seconds = model.checkpoint.weight_bytes / 1e9, time.perf_counter() - begin
     log.debug("loaded %s, %.2f GB, in %.1f s", path, gigabytes, seconds)
     return model
+
+
+def _settings(options: ModelOptions) -> Settings:
+    return Settings(
+        options.dtype, options.precision, options.context, options.force, options.eager,
+        options.split or "auto", options.device, options.stream_weights,
+        options.stage_timeout or DEFAULT_TIMEOUT,
+    )  # fmt: skip
 
 
 def _directory(options: ModelOptions) -> Path:

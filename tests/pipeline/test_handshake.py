@@ -1,11 +1,13 @@
 """How ranks agree, or refuse: with threads for ranks and the real launch code."""
 
 import queue
+import shutil
 import threading
 
 import pytest
 import tiny
 from ring import QueueTransport
+from safetensors.torch import load_file, save_file
 
 from torch_q4metal.checkpoint import Checkpoint
 from torch_q4metal.errors import MemoryLimitError, PipelineError, Q4MetalError
@@ -75,7 +77,10 @@ def test_a_rank_without_the_model_is_named(path, tmp_path):
 
 
 def test_a_rank_that_cannot_load_is_named(path, tmp_path):
-    other = tiny.write_tiny(tmp_path / "other", layers=2, tied=False).path
+    other = shutil.copytree(path, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "layers.2" not in name}
+    save_file(kept, other / "model.safetensors")
     with pytest.raises(PipelineError, match=r"rank 1 on .*model\.layers\.2") as caught:
         start([path, other], Settings(split="2,2"))
     assert caught.value.ended == [False]

@@ -32,6 +32,7 @@ class Settings:
 
     ``split``           "auto", "memory", or the layers of each stage, "10,18"
     ``stream_weights``  ranks that have no files get theirs from rank 0
+    ``stage_timeout``   seconds without a sign of life after which a rank is lost
     """
 
     dtype: str | None = None
@@ -42,6 +43,7 @@ class Settings:
     split: str = "auto"
     device: str | None = None
     stream_weights: bool = False
+    stage_timeout: float = 30.0
 
     @property
     def torch_dtype(self) -> torch.dtype | None:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
+import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import __version__
 from ..errors import PipelineError, Q4MetalError
 
 if TYPE_CHECKING:
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from ..models.base import CausalLM
     from .handshake import RankInfo, Settings
     from .transport import Transport
+    from .watched import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -89,33 +93,41 @@ def lead(
     transport: Transport,
     path: Callable[[], Path],
     settings: Settings,
-    watch: Callable[[list[RankInfo]], object] = lambda infos: None,
+    watch: Watch | None = None,
     on_close: Callable[[], None] = lambda: None,
 ) -> CausalLM:
     """Rank 0: its stage of the model in the directory that ``path`` gives.
 
-    Its ``engine`` drives all ranks, until ``engine.close()``. ``watch`` is called on every rank
-    when all are known and none has loaded yet, ``on_close`` here when all have ended.
+    Its ``engine`` drives all ranks, until ``engine.close()``. ``watch`` is this rank's over the
+    others, and all have one or none has. ``on_close`` is called when all have ended.
 
     Raises what ``load_model`` raises, and PipelineError for what other ranks have to say.
     """
     from .driver import Driver
-    from .handshake import RankInfo, ask_round, require_answers
+    from .handshake import RankInfo, ask_round, require_answers, require_equal
     from .weight_stream import send_weights
 
-    stage = _Stage(transport.rank, path)
-    answer = ask_round(transport, {"hello": asdict(settings), "ranks": [stage.hello(settings)]})
+    members = ask_round(transport, {"join": [_join(transport.rank, watch)]})["join"]
+    roll = {"hello": asdict(settings), "members": members, "secret": secrets.token_hex(16)}
+    if watch is not None:
+        transport = _watched(transport, watch, roll)
+    stage = _Stage(transport.rank, path, settings)
     try:
+        require_equal([RankInfo(**_facts(member)) for member in members])
+        hello = stage.hello(settings)
+        roll["facts"] = stage.facts
+        answer = ask_round(transport, roll | {"ranks": [hello]})
         require_answers(answer["ranks"])
         infos = [RankInfo(**info) for info in answer["ranks"]]
         ranges = stage.split(settings, infos)
-        watch(infos)
         send_weights(transport, stage.checkpoint, ranges, infos)
         load = {"load": [[part.start, part.stop] for part in ranges], "ranks": answer["ranks"]}
         answer = ask_round(transport, load | {"loaded": [stage.load(settings, ranges[0])]})
         require_answers(answer["loaded"])
     except Q4MetalError as error:
         ask_round(transport, {"stop": str(error)})
+        if watch is not None:
+            watch.close()
         if stage.error is not None:
             raise stage.error from None
         raise
@@ -127,7 +139,13 @@ def lead(
             part.stop - 1, loaded["weight_bytes"] / 1e9,
         )  # fmt: skip
     assert stage.model is not None
-    Driver(transport, stage.model, answer["loaded"], on_close)
+
+    def close() -> None:
+        if watch is not None:
+            watch.close()
+        on_close()
+
+    Driver(transport, stage.model, answer["loaded"], close)
     return stage.model
 
 
@@ -135,7 +153,8 @@ def load(path: Path, settings: Settings) -> CausalLM:
     """The model in a directory: all of it in this process, or under torchrun rank 0's stage."""
     if own_place() is not None:
         transport = join()
-        return lead(transport, lambda: path, settings, on_close=transport.close)
+        watch = watch_over(transport)
+        return lead(transport, lambda: path, settings, watch, transport.close)
     from ..models import load_model
 
     model = load_model(
@@ -149,53 +168,109 @@ def load(path: Path, settings: Settings) -> CausalLM:
 def serve(
     transport: Transport,
     path: Callable[[], Path],
-    watch: Callable[[list[RankInfo]], object] = lambda infos: None,
+    watch: Watch | None = None,
+    own: Settings | None = None,
 ) -> bool:
     """Every other rank: loads its stage of the model, and computes until rank 0 is done.
+
+    ``own``: what this rank's command line says; rank 0 refuses another precision than its own.
 
     False if something went wrong that rank 0 tells about. Raises PipelineError if a neighbour is
     gone.
     """
-    from .handshake import RankInfo, Settings, hear, pass_on
+    from .handshake import Settings, hear, pass_on
     from .weight_stream import WeightReceiver
     from .worker import Worker
 
-    stage = _Stage(transport.rank, path)
+    stage = _Stage(transport.rank, path, own)
     receiver = WeightReceiver(transport)
     settings = Settings()
     while True:
         content = hear(transport)
-        if "hello" in content:
+        if "join" in content:
+            content["join"].append(_join(transport.rank, watch))
+        elif "hello" in content:
             settings = Settings(**content["hello"])
-            content["ranks"].append(stage.hello(settings))
+            if watch is not None:
+                transport = _watched(transport, watch, content)
+            content["ranks"].append(stage.hello(settings, content))
         elif "load" in content:
-            watch([RankInfo(**info) for info in content["ranks"]])
             stage.checkpoint = receiver.checkpoint() or stage.checkpoint
             content["loaded"].append(stage.load(settings, range(*content["load"][transport.rank])))
         receiver.answer(content)
         pass_on(transport, content)
         receiver.follow(content)
         if "stop" in content:
+            if watch is not None:
+                watch.close()
             return False
         if "start" in content:
             break
     assert stage.model is not None
-    return Worker(transport, stage.model).run()
+    ended_well = Worker(transport, stage.model).run()
+    if watch is not None:
+        watch.close(told=not ended_well)
+    return ended_well
+
+
+def watch_over(transport: Transport) -> Watch | None:
+    """This rank's watch over the others; None where the transport has its own."""
+    from .gloo import GlooTransport
+
+    if not isinstance(transport, GlooTransport):
+        return None
+    from .addresses import torchrun_address
+    from .liveness import Liveness
+
+    agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+    return Liveness(torchrun_address(), agent=agent)
+
+
+def _join(rank: int, watch: Watch | None) -> dict[str, Any]:
+    """What a rank says of itself first. Another version may not understand more."""
+    host = socket.gethostname()
+    if watch is None:
+        member = {"rank": rank, "host": host, "address": "", "port": 0}
+    else:
+        member = watch.member(rank, host)
+    return member | {"version": __version__}
+
+
+def _facts(member: dict[str, Any]) -> dict[str, Any]:
+    return {name: member[name] for name in ("rank", "host", "version")}
+
+
+def _watched(transport: Transport, watch: Watch, roll: dict[str, Any]) -> Transport:
+    """Starts the watch with what rank 0 sends round; the transport asks it about broken links."""
+    from .liveness import Member
+    from .watched import WatchedTransport
+
+    members = [
+        Member(one["rank"], one["host"], one["address"], one["port"]) for one in roll["members"]
+    ]
+    watch.start(transport.rank, members, roll["secret"], roll["hello"]["stage_timeout"])
+    return WatchedTransport(transport, watch)
 
 
 class _Stage:
     """One rank's part, and what it says when it is asked about it."""
 
-    def __init__(self, rank: int, path: Callable[[], Path]) -> None:
+    def __init__(self, rank: int, path: Callable[[], Path], own: Settings | None) -> None:
+        self.facts = ""
+        self._own = own
         self.model: CausalLM | None = None
         self.error: Q4MetalError | None = None
         self.checkpoint: Checkpoint
         self._rank = rank
         self._path = path
 
-    def hello(self, settings: Settings) -> dict[str, Any]:
-        """Looks at the checkpoint's headers, and at the machine."""
+    def hello(self, settings: Settings, roll: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Looks at the checkpoint's headers, and at the machine.
+
+        ``roll``: rank 0's message, with whose facts this rank compares its own.
+        """
         from ..checkpoint import Checkpoint
+        from .fingerprint import facts_of
         from .handshake import describe
 
         info = describe(self._rank, settings.split)
@@ -206,7 +281,28 @@ class _Stage:
                 logger.info("%s The weights come from rank 0.", error)
                 return asdict(replace(info, streams=True))
             return self._failed(error, asdict(info))
+        self.facts = facts_of(self.checkpoint)
+        if roll is not None:
+            try:
+                self._compare(roll, settings)
+            except PipelineError as error:
+                return self._failed(error, asdict(info))
         return asdict(info)
+
+    def _compare(self, roll: dict[str, Any], settings: Settings) -> None:
+        """Raises PipelineError where this rank's files or precision are not rank 0's."""
+        from ..models.loading import resolve_precision
+        from .fingerprint import difference, require_same
+
+        found: tuple[str, Any, Any] | None = None
+        if roll["facts"]:
+            found = difference(roll["facts"], self.facts)
+        if self._own is not None and found is None:
+            theirs, ours = (
+                resolve_precision(one.torch_dtype, one.precision) for one in (settings, self._own)
+            )
+            found = ("precision", theirs, ours) if theirs != ours else None
+        require_same(roll["members"][0]["host"], found)
 
     def split(self, settings: Settings, infos: list[RankInfo]) -> list[range]:
         """Rank 0: the layers of each rank."""
@@ -214,9 +310,8 @@ class _Stage:
 
         from ..memory import kv_bytes_per_token
         from ..models.loading import read_family, resolve_context, resolve_precision
-        from .handshake import choose_split, require_equal
+        from .handshake import choose_split
 
-        require_equal(infos)
         _, config = read_family(self.checkpoint)
         context = resolve_context(config, settings.max_kv_size)
         exact = resolve_precision(settings.torch_dtype, settings.precision) == "exact"

@@ -32,7 +32,7 @@ def describe() -> dict[str, Any]:
         "caches": _caches(),
         "load_before": os.getloadavg()[0],
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.release().split(chr(45))[0]}",
         "python": platform.python_version(),
         "commit": _git("rev-parse", "--short=10", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),

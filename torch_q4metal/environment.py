@@ -22,7 +22,7 @@ CPU = Variable(
     "ref | avx2 | avx512 | amx | neon | amx-emulated",
     "forces the instruction set of the CPU kernels",
 )
-CACHE = Variable("Q4METAL_CACHE", "a folder", "where converted models are kept")
+CACHE = Variable("Q4METAL_CACHE", "a folder", "where converted and streamed models are kept")
 NO_HISTORY = Variable("Q4METAL_NOHISTORY", "1", "chat keeps no history file")
 
 VARIABLES = (CPU, CACHE, NO_HISTORY)

@@ -7,7 +7,7 @@ which rank it was, says so, and ends everybody.
 
 The links that carry the model can't do this: a gloo receive that times out closes its pair for good
 and blocks signals. The thread needs Python's lock for a moment each second, and gets it while a
-chunk is computed: the operators release it (tests/pipeline/test_liveness.py).
+chunk is computed: the operators release it (tests/pipeline/test_faults.py).
 
 A rank listens on the one address by which the others reach it, and only until they have come; who
 comes has to prove that it knows the run's secret, which travels with the other control messages.

@@ -82,6 +82,7 @@ def end_process(sentence: str | None) -> NoReturn:
         begin = "\x1b[?25h\x1b[?2004l\r\n" if os.isatty(2) else ""
         text = f"{begin}error: {sentence}\n"
         os.write(2, text.encode(errors="replace"))
+    time.sleep(0.1)  # the end of a process may overtake what it has sent
     os._exit(1)
 
 
@@ -337,10 +338,9 @@ class Liveness:
         host = self._members[sign.rank].host
         sentence = f"rank {sign.rank} on {host} {sign.why}; all ranks end."
         if self.rank == 0:
-            if now - since >= (2.0 if self._told else 0.5):
+            if now - since >= self._patience(sign):
                 for peer in list(self._peers.values()):
                     peer.say(end=sentence)
-                time.sleep(0.1)  # the end of this process may overtake what is unread
                 self._end(None if self._told else sentence)
         elif 0 not in self._peers:
             self._end(None if self._told else sentence)
@@ -349,6 +349,14 @@ class Liveness:
             self._peers[0].say(lost=sign.rank, why=sign.why, evidence=sign.evidence)
         elif now - since > 5:
             self._end(None)
+
+    def _patience(self, sign: Sign) -> float:
+        """Seconds that rank 0 waits for other signs."""
+        if self._told:  # its own thread is about to say it
+            return 2.0
+        # What this rank has seen is certain, and torchrun, which looks for dead workers ten times
+        # a second, ends rank 0 without a word.
+        return 0.0 if sign.evidence is Evidence.SEEN else 0.5
 
     def _end(self, sentence: str | None) -> None:
         self._on_end(sentence)  # before ``link_failed`` returns, whose caller would say less

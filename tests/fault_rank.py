@@ -1,4 +1,4 @@
-"""One rank of test_faults.py: a plain process with torchrun's environment.
+"""One rank of faulty_ranks.py: a plain process with torchrun's environment.
 
     RANK=1 WORLD_SIZE=3 ... fault_rank.py MODEL TIMEOUT PRECISION WHAT
 

@@ -134,7 +134,7 @@ def main() -> None:
             result = measure(model, timed)
     else:
         transport = join()
-        launch.serve(transport, lambda: Path(TASK["path"]))
+        launch.serve(transport, lambda: Path(TASK["path"]), launch.watch_over(transport))
         transport.close()
     result["passes"] = timed.passes
     Path(TASK["out"]).write_text(json.dumps(result))

@@ -229,6 +229,10 @@ def test_ctrl_c_ends_soon_and_keeps_what_there_is(tmp_path):
         process = user.start({"HF_HUB_DOWNLOAD_TIMEOUT": "1"})
         user.ask(process)
         assert hub.reached_cut.wait(30)
+        for _ in range(500):  # what the server has sent still has to be written
+            if any(name.endswith(".incomplete") for name in user.blobs()):
+                break
+            time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=20)
         assert process.returncode != 0

@@ -25,12 +25,12 @@ def test_decode_plan(name):
 
 def torch_free_sources():
     """What setup.py compiles on this machine, without the files that know torch or Python."""
-    machine = ("neon",) if "avx2" in NAMES else ("avx", "amx")
+    others = ("metal", *(("neon",) if "avx2" in NAMES else ("avx", "amx")))
     for source in re.findall(r'"(csrc/\S+\.cpp)"', (sanitized.ROOT / "setup.py").read_text()):
         text = (sanitized.ROOT / source).read_text()
         knows_torch = re.search(r"#include <(torch|ATen|pybind11|Python)", text)
         includes_it = re.search(r'#include "\S*bindings.h"', text)
-        if not (knows_torch or includes_it or any(word in source for word in machine)):
+        if not (knows_torch or includes_it or any(word in source for word in others)):
             yield source
 
 

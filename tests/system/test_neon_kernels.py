@@ -20,7 +20,7 @@ def run(program, cpu, *arguments):
     return kernel_table.run(program, *arguments, emulator=(emulator, "-cpu", cpu))
 
 
-def tested(output):
+def verdict_of(output):
     return re.findall(r"^(\S+): ok \((?:native|emulated)\)", output, re.MULTILINE)
 
 
@@ -28,11 +28,11 @@ def test_every_table(program, record_property):
     """On a CPU with the matrix products of i8mm, for which the GEMMs have a variant."""
     output = run(program, "max", "--quick")
     record_property("tables", output)
-    assert tested(output) == ["ref", "neon", "amx-emulated"]
+    assert verdict_of(output) == ["ref", "neon", "amx-emulated"]
 
 
 def test_with_dot_products_only(program):
-    assert tested(run(program, "neoverse-n1", "--quick", "neon")) == ["neon"]
+    assert verdict_of(run(program, "neoverse-n1", "--quick", "neon")) == ["neon"]
 
 
 def test_a_cpu_without_dot_products_is_recognized(program):

@@ -7,6 +7,8 @@ import sys
 import kernel_table
 import pytest
 
+pytestmark = pytest.mark.timeout(1200)  # libc++ is compiled, and the CPU emulated
+
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import socket
 import struct
@@ -62,17 +61,3 @@ def interfaces() -> dict[str, str]:
                 continue
             found[name] = socket.inet_ntoa(answer[20:24])
     return found
-
-
-def interface_toward(host: str) -> str | None:
-    """The name of the interface on the way to ``host``; None if none is known."""
-    try:
-        address = address_toward(host)
-    except PipelineError:
-        return None
-    return next((name for name, own in interfaces().items() if own == address), None)
-
-
-def is_loopback(address: str) -> bool:
-    """Whether only this machine itself reaches ``address``."""
-    return ipaddress.ip_address(address.split("%")[0]).is_loopback

@@ -1,6 +1,7 @@
 """Plain processes with the environment that torchrun sets, to be killed or stopped."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -54,3 +55,22 @@ class Ranks:
         codes = [self.processes[rank].wait(seconds) for rank in ranks]
         took = time.monotonic() - begin
         return codes, self.processes[0].stderr.read(), took
+
+
+def assert_all_end(path, number, what, capsys):
+    """Signal ``number`` to rank 1 of three that do ``what``: the others end, rank 0 names it."""
+    with Ranks([path] * 3, what) as ranks:
+        if what == "endless":
+            ranks.go()
+        else:
+            assert ranks.processes[0].stdout.readline() == "ready\n"
+        time.sleep(0.3)
+        os.kill(ranks.processes[1].pid, number)
+        codes, said, took = ranks.ends([0, 2])
+        assert codes == [1, 1]
+        words = "has not answered for 2 s" if number == signal.SIGSTOP else "has ended"
+        assert said.count("error:") == 1
+        assert f"error: rank 1 on {socket.gethostname()} {words}" in said
+        assert took < TIMEOUT + 3
+    with capsys.disabled():
+        print(f"\n{signal.Signals(number).name} while {what}: all ended after {took:.1f} s")

@@ -291,7 +291,7 @@ def test_explicit_entry_that_disagrees_names_the_tensor(tmp_path):
 def test_devices_without_kernels(tmp_path):
     write_tiny(tmp_path)
     packed = load_packed(on_meta(tmp_path), tmp_path, device="cpu")
-    for device in ("mps", torch.device("cuda:0")):
+    for device in ("cuda", torch.device("cuda:0")):
         refusal(
             lambda d=device: load_packed(packed, tmp_path, device=d),
             str(device),

@@ -114,8 +114,9 @@ class LocalEngine:
     @torch.inference_mode()
     def submit(self, texts: list[Text]) -> None:
         ids, caches = [text.waiting for text in texts], [text.cache for text in texts]
-        for text, logits in zip(texts, decode.forward(self._model, ids, caches), strict=True):
-            text.logits = logits
+        logits = decode.forward(self._model, ids, caches).cpu()
+        for text, own in zip(texts, logits, strict=True):
+            text.logits = own
 
     def draw(self, text: Text) -> tuple[int, Tensor | None]:
         assert text.logits is not None, "it was not submitted"

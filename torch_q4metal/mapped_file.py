@@ -64,18 +64,22 @@ def map_ranges(file: Path, ranges: list[tuple[int, int]]) -> list[MappedBytes]:
 def read_tensor(info: TensorInfo) -> Tensor:
     """The bytes of a tensor, read. Through the mapping they would be in memory twice."""
     raw = torch.empty(info.nbytes, dtype=torch.uint8)
-    view: memoryview = raw.numpy().data
+    read_bytes(info.file, info.begin, raw.numpy().data)
+    return raw
+
+
+def read_bytes(file: Path, begin: int, view: memoryview) -> None:
+    """Fills ``view`` from a file. Raises CheckpointError if it cannot be read or is too short."""
     try:
-        with info.file.open("rb", buffering=0) as stream:
-            stream.seek(info.begin)
+        with file.open("rb", buffering=0) as stream:
+            stream.seek(begin)
             while view:
                 count = stream.readinto(view)
                 if not count:
-                    raise _shortened(info.file)
+                    raise _shortened(file)
                 view = view[count:]
     except OSError as error:
-        raise CheckpointError(f"{info.file} cannot be read: {error.strerror or error}.") from None
-    return raw
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}.") from None
 
 
 def _shortened(file: Path) -> CheckpointError:

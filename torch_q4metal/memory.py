@@ -33,21 +33,25 @@ def check_memory(
     layers: int | None = None,
     force: bool = False,
     available: int | None = None,
+    device: torch.device | None = None,
 ) -> None:
     """Raises MemoryLimitError, naming the context that would fit, unless model and cache do fit.
 
     ``context``: positions of the KV cache. ``layers``: how many are here, None for all.
-    ``available``: bytes, None for ``available_memory()``.
+    ``available``: bytes, None for what ``device`` (None: the CPU) has left.
     ``force`` only warns. On a system whose memory cannot be read nothing is checked.
     """
+    on_mps = device is not None and device.type == "mps"
     if available is None:
-        available = available_memory()
+        available = available_on_mps() if on_mps else available_memory()
     if available is None:
         logger.info("available memory is unknown here, so it was not checked")
         return
     kv_bytes = kv_bytes_per_token(config, kv_dtype, layers)
     # The modules gather one layer's keys and values in f32.
     kv_bytes += 8 * config.num_key_value_heads * config.head_dim
+    if on_mps:  # scores of one KV head, before and after softmax
+        kv_bytes += 8 * _CHUNK * config.num_attention_heads // config.num_key_value_heads
     work = working_bytes(config)
     needed = weight_bytes + context * kv_bytes + work
     if needed <= available:
@@ -89,6 +93,15 @@ def available_memory() -> int | None:
     if platform.system() == "Darwin":
         return macos_available(_output_of("sysctl", "-n", "hw.memsize"), _output_of("vm_stat"))
     return None
+
+
+def available_on_mps() -> int | None:
+    """Bytes that the GPU may still take, which shares the machine's memory."""
+    import torch
+
+    left = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    free = available_memory()
+    return max(0, left if free is None else min(left, free))
 
 
 def linux_available(proc: Path, cgroup: Path) -> int | None:

@@ -101,15 +101,19 @@ def decode_step(
     block_tables: Tensor,
     kv: list[Tensor],
     out: Tensor,
+    sampling: Tensor | None = None,
 ) -> None:
     """One token for each of R rows (1 to 8) of the model behind the handle ``plan``.
 
     ``input`` ids int64 [R]; ``positions`` int64 [R]; ``rope`` float32 [R, 2, head_dim], cosines and
     signed sines; ``block_tables`` int32 [R, blocks]; ``kv`` the slabs [2, layers, blocks, kv_heads,
     32, head_dim], which get the new keys and values; ``out`` gets logits (float32 [R, V]) or
-    greedy ids (int64 [R]). Raises ValueError, and IndexError for ids or blocks that do not exist.
+    ids (int64 [R]). Raises ValueError, and IndexError for ids or blocks that do not exist.
+
+    With a plan on MPS all are MPS tensors but ``positions`` and ``sampling``, int32 [R, 6] on the
+    CPU: how each row's id is drawn (csrc/metal/plan_launch.h); None takes the likeliest.
     """
-    _ops.decode_step(plan, input, positions, rope, block_tables, None, kv, out)
+    _ops.decode_step(plan, input, positions, rope, block_tables, sampling, kv, out)
 
 
 def cpu_kernels() -> str:

@@ -5,7 +5,8 @@
     load_packed(model, "path/to/mlx-model").generate(...)
 
 Everything is checked against the file headers before the module is touched: an error leaves it as
-it was. Tensors stay in the memory-mapped files, so a filled model takes what its files take.
+it was. On the CPU tensors stay in the memory-mapped files, so a filled model takes what its files
+take; on a GPU they are copied once, and nothing of the files stays in memory.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 
 from .checkpoint import SCALE_DTYPES, Checkpoint
 from .config import LANGUAGE_MODEL, QuantParams
+from .device import resolve_device
+from .device_weights import DeviceWeights
 from .errors import CheckpointError, Q4MetalError
 from .linear import Q4Embedding, Q4Linear
 from .safetensors_header import DTYPE_NAMES, printable
@@ -75,17 +78,20 @@ def load_packed(
     nothing is.
 
     ``precision`` is that of the packed layers, "fast", "exact" or "int8" (None: their default).
+    ``device`` is "cpu" (or None), "mps" or "auto"; Q4MetalError says why it is not available.
     Raises CheckpointError, naming the tensor, for one that is missing, does not fit, or has no
     place.
     """
-    if device is not None and torch.device(device).type != "cpu":
-        raise Q4MetalError(
-            f"device {str(device)!r} has no packed kernels in this version; use 'cpu'."
-        )
+    place = resolve_device(device)
     checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
     prefix = prefix.removeprefix(LANGUAGE_MODEL)  # Checkpoint's names come without it
     with torch.device("cpu"):  # the caller may still be inside torch.device("meta")
-        _fill(_Plan(module, checkpoint, prefix), precision)
+        plan = _Plan(module, checkpoint, prefix)
+        if place.type == "cpu":
+            _fill(plan, checkpoint.tensor, place, precision)
+        else:
+            weights = DeviceWeights(checkpoint, plan.names, place)
+            _fill(plan, weights.tensor, place, precision)
     return module
 
 
@@ -121,19 +127,21 @@ class _Plan:
     missing: list[_Slot] = field(default_factory=list)
     heads: dict[nn.Module, nn.Module] = field(default_factory=dict)
     computed: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)  # of the tensors that the module takes
 
     def __post_init__(self) -> None:
         for name, part in self.module.named_modules(remove_duplicate=False):
             self.places.setdefault(part, []).append(name)
-        used: set[str] = set()
         for part, names in self.places.items():
-            used.update(self._place(part, names))
+            self.names.update(self._place(part, names))
             self.computed += _computed_buffers(names[0], part)
         self._resolve_missing()
         unused = [
             name
             for name in sorted(self.checkpoint.tensors)
-            if name.startswith(self.prefix) and name not in used and not _HARMLESS.search(name)
+            if name.startswith(self.prefix)
+            and name not in self.names
+            and not _HARMLESS.search(name)
         ]
         if unused:
             more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
@@ -242,14 +250,16 @@ class _Plan:
         return tables[0] if called_head else None
 
 
-def _fill(plan: _Plan, precision: str | None) -> None:
-    """Carries the plan out."""
+def _fill(
+    plan: _Plan, tensor_of: Callable[[str], Tensor], device: torch.device, precision: str | None
+) -> None:
+    """Carries the plan out with the tensors on ``device`` that ``tensor_of`` gives."""
     made: dict[nn.Module, nn.Module] = {
-        item.old: _packed_module(item, plan.checkpoint, precision) for item in plan.packed
+        item.old: _packed_module(item, tensor_of, precision) for item in plan.packed
     }
     filled: dict[int, Tensor] = {}
     for slot in plan.dense:
-        tensor = plan.checkpoint.tensor(slot.name)
+        tensor = tensor_of(slot.name)
         if isinstance(slot.old, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=slot.old.requires_grad)
         filled[id(slot)] = tensor
@@ -261,7 +271,7 @@ def _fill(plan: _Plan, precision: str | None) -> None:
         if id(slot.old) in filled:
             _set_tensor(slot.owner, slot.key, filled[id(slot.old)])
     for part, key, tensor in plan.computed:
-        _set_tensor(part, key, tensor)
+        _set_tensor(part, key, tensor.to(device))
     for head, table in plan.heads.items():
         packed = made.get(table)
         if isinstance(packed, Q4Embedding):
@@ -282,7 +292,7 @@ def _fill(plan: _Plan, precision: str | None) -> None:
 
 
 def _packed_module(
-    item: _Packed, checkpoint: Checkpoint, precision: str | None
+    item: _Packed, tensor_of: Callable[[str], Tensor], precision: str | None
 ) -> Q4Linear | Q4Embedding:
     options: dict[str, Any] = {
         "group_size": item.params.group_size,
@@ -291,16 +301,14 @@ def _packed_module(
     }
     if precision is not None:
         options["precision"] = precision
-    weight, scales, biases = (checkpoint.tensor(item.path + key) for key in _PACKED_KEYS)
+    weight, scales, biases = (tensor_of(item.path + key) for key in _PACKED_KEYS)
     if isinstance(item.old, _TABLES):
         dtype = getattr(item.old, "dtype", None)
         return Q4Embedding.from_tensors(weight, scales, biases, dtype=dtype, **options)
     old_bias = getattr(item.old, "bias", None)
     bias = None
     if old_bias is not None:
-        bias = nn.Parameter(
-            checkpoint.tensor(f"{item.path}bias"), requires_grad=old_bias.requires_grad
-        )
+        bias = nn.Parameter(tensor_of(f"{item.path}bias"), requires_grad=old_bias.requires_grad)
     return Q4Linear.from_tensors(weight, scales, biases, bias, **options)
 
 

@@ -1,22 +1,27 @@
 """Builds the stand-in for torch's Metal side, with the host code of csrc/metal in it."""
 
 import concurrent.futures
+import contextlib
 import ctypes
 import hashlib
 import importlib.machinery
 import importlib.util
+import itertools
 import json
 import os
 import runpy
 import shlex
 import subprocess
 import sysconfig
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import torch
 from msl import library as msl_library
 from msl.build import MetalCompileError
+
+from torch_q4metal import _extension
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BUILD = ROOT / "build" / "macos" / "standin"
@@ -33,6 +38,7 @@ UNITS = {
         "tests/macos/standin/aten_mps.cpp",
         "tests/macos/standin/memory.cpp",
         "tests/macos/standin/metal_shader_library.cpp",
+        "tests/macos/standin/queue.cpp",
     ],
     "plan": [
         "csrc/metal/encoder.cpp",
@@ -116,7 +122,8 @@ def build() -> Path:
 class Standin:
     """The loaded stand-in: after this ``.to("mps")`` works in this process, on Linux.
 
-    ``native``: what torch_q4metal._C has besides on a Mac (csrc/metal/bindings.cpp).
+    ``native``: what torch_q4metal._C has besides on a Mac (csrc/metal/bindings.cpp); it has it here
+    too from now on.
     ``mode``: "typed" or "check", the build of tests/msl for kernels that are compiled from now on.
     ``refusal``: what the Metal compiler answers to any text, as long as it is set.
     """
@@ -134,7 +141,15 @@ class Standin:
         loader.exec_module(self.native)
         for name in ("standin_fallbacks", "standin_dispatches"):
             getattr(self._library, name).restype = ctypes.c_char_p
-        self._library.standin_allocations.restype = ctypes.c_int64
+        for name in ("allocations", "bytes", "largest_upload", "waits", "record_event"):
+            getattr(self._library, f"standin_{name}").restype = ctypes.c_int64
+        self._library.standin_wait_for_event.restype = ctypes.c_int64
+        for name in ("DeviceMemory", "MetalDecodePlan"):
+            setattr(_extension.load(), name, getattr(self.native, name))
+        self._events: dict[int, int] = {}
+        self._events_made = itertools.count(1)
+        for name, function in self._torch_functions().items():
+            setattr(torch._C, name, function)
         self._callback = _COMPILER(self._compile_metal)  # kept alive
         self._library.standin_set_compiler(self._callback)
 
@@ -147,6 +162,39 @@ class Standin:
             result = f"!{error}"
         raw = result.encode()[: capacity - 1] + b"\0"
         ctypes.memmove(answer, raw, len(raw))
+
+    def _torch_functions(self) -> dict[str, Callable[..., object]]:
+        """What torch.mps calls, of which a torch without Metal has the names only."""
+
+        def acquire_event(enable_timing: bool) -> int:
+            return next(self._events_made)
+
+        def record_event(number: int) -> None:
+            self._events[number] = self._library.standin_record_event()
+
+        def synchronize_event(number: int) -> None:
+            committed = self._library.standin_wait_for_event(ctypes.c_int64(self._events[number]))
+            assert committed, "the event's signal was never committed: a Mac would wait for ever"
+
+        return {
+            "_mps_acquireEvent": acquire_event,
+            "_mps_releaseEvent": lambda number: self._events.pop(number, None),
+            "_mps_recordEvent": record_event,
+            "_mps_synchronizeEvent": synchronize_event,
+            "_mps_deviceSynchronize": lambda: self._library.standin_wait_for_all(),
+            "_mps_maxBufferLength": lambda: 4 << 30,
+            "_mps_recommendedMaxMemory": lambda: 5 << 30,
+            "_mps_driverAllocatedMemory": lambda: self.allocated_bytes(),
+        }
+
+    @contextlib.contextmanager
+    def working_late(self) -> Iterator[None]:
+        """Work that is queued meanwhile is done as late as a GPU may: when somebody waits."""
+        self._library.standin_set_lazy(ctypes.c_int64(1))
+        try:
+            yield
+        finally:
+            self._library.standin_set_lazy(ctypes.c_int64(0))
 
     def fallbacks(self) -> list[str]:
         """Operators that ran on the CPU so far."""
@@ -170,6 +218,18 @@ class Standin:
     def allocations(self) -> int:
         """MPS buffers made so far."""
         return self._library.standin_allocations()
+
+    def allocated_bytes(self) -> int:
+        """Bytes of the MPS buffers that there are."""
+        return self._library.standin_bytes()
+
+    def largest_upload(self) -> int:
+        """Bytes of the largest copy from the host so far."""
+        return self._library.standin_largest_upload()
+
+    def waits(self) -> int:
+        """How often the host waited for all that was queued, ``working_late``."""
+        return self._library.standin_waits()
 
 
 @cache

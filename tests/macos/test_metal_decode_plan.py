@@ -5,52 +5,25 @@ fails where two of those dispatches touch the same memory, one of them writing.
 """
 
 import pytest
-import standin_build
 import tiny
 import torch
 
 from torch_q4metal import decode, ops
-from torch_q4metal.builtin_model import builtin_model
+from torch_q4metal.cache import Sequence
+from torch_q4metal.decode_mps import MetalDecodePlan
+from torch_q4metal.decode_plan import block_tables
 from torch_q4metal.models import load_model
-from torch_q4metal.tokenizer import Tokenizer
 
 BOUND = 2e-5  # of logits, relative to the largest: sums are float32 in both, in another order
-
-
-@pytest.fixture(scope="module")
-def standin():
-    loaded = standin_build.load()
-    loaded.mode = "typed"
-    return loaded
-
-
-class MetalPlan(decode.DecodePlan):
-    """The plan of a model whose tensors are copied to MPS."""
-
-    def __init__(self, model, standin):
-        self._memory = standin.native.DeviceMemory()
-
-        def build(shape, embedding, layers, head, context):
-            return standin.native.MetalDecodePlan(
-                shape, embedding, layers, head, self._memory, context
-            )
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(decode._native, "DecodePlan", build)
-            super().__init__(model)
-
-    def _address(self, tensor):
-        self._kept.append(tensor.detach().contiguous().to("mps"))
-        return self._memory.address(self._kept[-1].untyped_storage().data_ptr(), 0)
 
 
 class Texts:
     """Texts of a model that both plans decode further, each from its own keys and values."""
 
-    def __init__(self, model, standin, texts, room=1):
-        self.model = model
+    def __init__(self, path, texts, room=1, **options):
+        self.model = model = load_model(path, **options)
         self.pool = model.make_pool(len(texts) * (max(map(len, texts)) + room + 32))
-        self.rows = [decode.Sequence(self.pool) for _ in texts]
+        self.rows = [Sequence(self.pool) for _ in texts]
         for row, text in zip(self.rows, texts):
             row.reserve(len(text) + room)
         with torch.inference_mode():
@@ -59,7 +32,8 @@ class Texts:
             for row, text in zip(self.rows, texts):
                 if text:
                     model(torch.tensor([text]), [row])
-        self.cpu, self.mps = decode.DecodePlan(model), MetalPlan(model, standin)
+        self.on_mps = load_model(path, device="mps", **options)
+        self.cpu, self.mps = decode.DecodePlan(model), MetalDecodePlan(self.on_mps)
         self.slabs = [slab.to("mps") for slab in self.pool.slabs]
 
     def arguments(self):
@@ -67,7 +41,7 @@ class Texts:
         places = [row.length for row in self.rows]
         rope = [torch.stack(self.model.config.rope.rows(p, 1, p + 1), 1) for p in places]
         ids = torch.randint(self.model.config.vocab_size, (len(places),))
-        tables = decode._block_tables(self.rows, [1] * len(places))
+        tables = block_tables(self.rows, [1] * len(places))
         return ids, torch.tensor(places), torch.cat(rope), tables
 
     def step_on_mps(self, arguments, out, sampling=None):
@@ -88,11 +62,11 @@ class Texts:
         return self.step_on_mps(arguments, torch.empty(shape).to("mps")).cpu()
 
 
-def tiny_texts(path, standin, lengths, **options):
+def tiny_texts(path, lengths, **options):
     tiny.write_tiny(path, **options)
-    model = load_model(path, precision="exact")
-    size = model.config.vocab_size
-    return Texts(model, standin, [torch.randint(size, (n,)).tolist() for n in lengths])
+    size = tiny.VOCAB_SIZE
+    texts = [torch.randint(size, (n,)).tolist() for n in lengths]
+    return Texts(path, texts, precision="exact")
 
 
 def assert_close(actual, expected, bound=BOUND):
@@ -109,9 +83,9 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_and_cache_equal_the_cpu(tmp_path, standin, name):
+def test_logits_and_cache_equal_the_cpu(tmp_path, mac, name):
     lengths, options = MODELS[name]
-    texts = tiny_texts(tmp_path / "model", standin, lengths, **options)
+    texts = tiny_texts(tmp_path / "model", lengths, **options)
     arguments = texts.arguments()
     assert_close(texts.logits_on_mps(arguments), texts.step_on_cpu(arguments))
     bound = 2**-9 if texts.pool.dtype == torch.float16 else BOUND
@@ -119,33 +93,33 @@ def test_logits_and_cache_equal_the_cpu(tmp_path, standin, name):
         assert_close(own.cpu().float(), theirs.float(), bound)
 
 
-def test_check_build_finds_nothing(tmp_path, standin):
+def test_check_build_finds_nothing(tmp_path, mac):
     """Every access of every kernel, and every barrier, byte by byte."""
-    standin.mode = "check"
+    mac.mode = "check"
     try:
         # A format that no other test compiles: kernels are kept in the build they began in.
         options = {"bits": 8, "group_size": 64, "dtype": torch.bfloat16}
-        texts = tiny_texts(tmp_path / "model", standin, [33, 2], **options)
+        texts = tiny_texts(tmp_path / "model", [33, 2], **options)
         arguments = texts.arguments()
         assert_close(texts.logits_on_mps(arguments), texts.step_on_cpu(arguments), 5e-3)
     finally:
-        standin.mode = "typed"
+        mac.mode = "typed"
 
 
-def test_long_contexts_are_split_and_joined(tmp_path, standin):
+def test_long_contexts_are_split_and_joined(tmp_path, mac):
     options = {"config": {"max_position_embeddings": 2048}}
-    texts = tiny_texts(tmp_path / "model", standin, [1200, 20], **options)
+    texts = tiny_texts(tmp_path / "model", [1200, 20], **options)
     arguments = texts.arguments()
-    before = standin.plan_statistics()
+    before = mac.plan_statistics()
     assert_close(texts.logits_on_mps(arguments), texts.step_on_cpu(arguments))
-    submissions, dispatches, _ = (a - b for a, b in zip(standin.plan_statistics(), before))
+    submissions, dispatches, _ = (a - b for a, b in zip(mac.plan_statistics(), before))
     layers = texts.model.config.num_hidden_layers
     assert (submissions, dispatches) == (1, 6 * layers + 2)  # no argmax
 
 
-def test_tokens_stay_on_the_device(tmp_path, standin):
+def test_tokens_stay_on_the_device(tmp_path, mac):
     """Greedy ids: 5 L + 3 dispatches in one submission, nothing allocated, nothing waited for."""
-    texts = tiny_texts(tmp_path / "model", standin, [33, 2])
+    texts = tiny_texts(tmp_path / "model", [33, 2])
     arguments = texts.arguments()
     tokens = torch.full((5,), -1).to("mps")
     texts.step_on_mps(arguments, tokens[2:4])  # in the middle of a buffer
@@ -156,42 +130,42 @@ def test_tokens_stay_on_the_device(tmp_path, standin):
 
     ids, positions, rope, tables = arguments
     rope, tables, tokens = rope.to("mps"), tables.to("mps"), ids.to("mps")
-    counts = standin.plan_statistics(), standin.allocations(), len(standin.fallbacks())
+    counts = mac.plan_statistics(), mac.allocations(), len(mac.fallbacks())
     torch.ops.q4metal.decode_step(  # the ids that it reads and those that it writes are one tensor
         texts.mps.native.handle, tokens, positions, rope, tables, None, texts.slabs, tokens
     )
-    assert standin.allocations() == counts[1]
-    assert len(standin.fallbacks()) == counts[2]
-    done = [a - b for a, b in zip(standin.plan_statistics(), counts[0])]
+    assert mac.allocations() == counts[1]
+    assert len(mac.fallbacks()) == counts[2]
+    done = [a - b for a, b in zip(mac.plan_statistics(), counts[0])]
     assert done[:2] == [1, 5 * texts.model.config.num_hidden_layers + 3]
     assert torch.equal(tokens.cpu(), logits.argmax(-1))
 
 
-def test_sampling_at_a_temperature_of_zero_is_greedy(tmp_path, standin):
-    texts = tiny_texts(tmp_path / "model", standin, [33, 2])
+def test_sampling_at_a_temperature_of_zero_is_greedy(tmp_path, mac):
+    texts = tiny_texts(tmp_path / "model", [33, 2])
     arguments = texts.arguments()
     sampling = torch.zeros(2, 6, dtype=torch.int32)
     tokens = texts.step_on_mps(arguments, torch.empty(2, dtype=torch.int64).to("mps"), sampling)
     assert torch.equal(tokens.cpu(), texts.step_on_cpu(arguments).argmax(-1))
 
 
-def test_every_missing_barrier_is_found(tmp_path, standin):
-    texts = tiny_texts(tmp_path / "model", standin, [3])
+def test_every_missing_barrier_is_found(tmp_path, mac):
+    texts = tiny_texts(tmp_path / "model", [3])
     arguments = texts.arguments()
     tokens = torch.empty(1, dtype=torch.int64).to("mps")
     count = sum(texts.mps.native.barriers)
     assert count >= 5 * texts.model.config.num_hidden_layers
     try:
         for number in range(count):
-            standin.ignore_barrier(number)
+            mac.ignore_barrier(number)
             with pytest.raises(RuntimeError, match="no barrier between plan_"):
                 texts.step_on_mps(arguments, tokens)
     finally:
-        standin.ignore_barrier(-1)
+        mac.ignore_barrier(-1)
 
 
-def test_errors_name_what_is_wrong(tmp_path, standin):
-    texts = tiny_texts(tmp_path / "model", standin, [3])
+def test_errors_name_what_is_wrong(tmp_path, mac):
+    texts = tiny_texts(tmp_path / "model", [3])
     ids, positions, rope, tables = texts.arguments()
     tokens = torch.empty(1, dtype=torch.int64).to("mps")
     step, run = torch.ops.q4metal.decode_step, texts.step_on_mps
@@ -214,23 +188,3 @@ def test_errors_name_what_is_wrong(tmp_path, standin):
     texts.mps.native.release()
     with pytest.raises(ValueError, match="its model was freed"):
         run((ids, positions, rope, tables), tokens)
-
-
-def test_smollm2_writes_the_same_text(standin):
-    """16 greedy tokens, all in float32; on MPS no id reaches the host before the end."""
-    path = builtin_model()
-    model = load_model(path, dtype=torch.float32)
-    prompt = Tokenizer.from_dir(path).encode("The capital of France is")
-    texts = Texts(model, standin, [prompt[:-1]], room=17)
-    (row,) = texts.rows
-    expected, tokens = [prompt[-1]], torch.tensor([prompt[-1]]).to("mps")
-    on_mps = torch.empty(17, 1, dtype=torch.int64).to("mps")
-    with torch.inference_mode():
-        for step in range(16):
-            _, positions, rope, tables = texts.arguments()
-            arguments = torch.tensor(expected[-1:]), positions, rope, tables
-            expected.append(int(texts.step_on_cpu(arguments).argmax()))
-            tokens = texts.step_on_mps((tokens, positions, rope, tables), on_mps[step])
-            row.append(expected[-2:-1])
-    assert on_mps[:16, 0].cpu().tolist() == expected[1:]
-    assert len(set(expected)) > 4

@@ -39,7 +39,12 @@ class Step:
     """
 
     def __init__(
-        self, config: DecoderConfig, windows: List[Window], count: int, length: int
+        self,
+        config: DecoderConfig,
+        windows: List[Window],
+        count: int,
+        length: int,
+        device: torch.device,
     ) -> None:
         """``length``: positions of the longest text, once all chunks of this call are done."""
         rope = config.rope
@@ -51,8 +56,13 @@ class Step:
         else:  # each its own length, as if it were alone
             rows = [rope.rows(window.start, count, window.end) for window in windows]
         # [sequences or 1, count, 1, head_dim]
-        self.cos, self.sin = (torch.stack(part).unsqueeze(2) for part in zip(*rows, strict=True))
-        self.masks = [_causal_mask(window.start, count) for window in windows]
+        self.cos, self.sin = (
+            torch.stack(part).unsqueeze(2).to(device) for part in zip(*rows, strict=True)
+        )
+        attention_is_causal = device.type == "cpu"
+        self.masks = [
+            _causal_mask(window.start, count, attention_is_causal, device) for window in windows
+        ]
 
     def rotate(self, x: Tensor) -> Tensor:
         """RoPE on x [B, L, heads, head_dim], in f32."""
@@ -82,6 +92,8 @@ class Step:
 def _attend_one(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
     """queries [1, L, heads, d]; keys and values [1, kv_heads, T, d]; returns [1, L, heads * d]."""
     _, count, heads, dim = queries.shape
+    if queries.device.type != "cpu":
+        return _attend_by_head(queries[0], keys[0], values[0], mask)
     if count == 1:  # the query heads of a KV head become its rows, which spares expanding keys
         grouped = queries.view(1, keys.shape[1], heads // keys.shape[1], dim)
         return F.scaled_dot_product_attention(grouped, keys, values).view(1, 1, heads * dim)
@@ -92,12 +104,31 @@ def _attend_one(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | No
     return out.transpose(1, 2).reshape(1, count, heads * dim)
 
 
-def _causal_mask(start: int, count: int) -> Tensor | None:
-    """[count, start + count] f32, None where ``is_causal`` says the same."""
-    if start == 0 or count == 1:
+def _attend_by_head(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """queries [L, heads, d], keys and values [kv_heads, T, d]; returns [1, L, heads * d].
+
+    For GPUs. Scores of one KV head at a time: those of all would take gigabytes at long contexts.
+    """
+    count, heads, dim = queries.shape
+    # [kv_heads, query heads of one, L, d]
+    grouped = queries.transpose(0, 1).unflatten(0, (len(keys), -1)) * dim**-0.5
+    outs = []
+    for own, head_keys, head_values in zip(grouped, keys, values, strict=True):
+        scores = own @ head_keys.T
+        if mask is not None:
+            scores += mask
+        outs.append(scores.softmax(-1) @ head_values)
+    return torch.cat(outs).transpose(0, 1).reshape(1, count, heads * dim)
+
+
+def _causal_mask(
+    start: int, count: int, attention_is_causal: bool, device: torch.device
+) -> Tensor | None:
+    """[count, start + count] f32; None where nothing is masked, or ``is_causal`` says the same."""
+    if count == 1 or (start == 0 and attention_is_causal):
         return None
-    mask = torch.full((count, start + count), float("-inf"))
-    return mask.triu_(start + 1)
+    # Made on the CPU: some of torch's triu subtract infinities.
+    return torch.full((count, start + count), float("-inf")).triu_(start + 1).to(device)
 
 
 class RMSNorm(nn.Module):
@@ -276,7 +307,9 @@ class CausalLM(nn.Module):
             )
         count = ids.shape[1]
         if cache is None:
-            hidden = self.model(ids, Step(self.config, [], count, count))
+            hidden = self.model(
+                ids.to(self.device), Step(self.config, [], count, count, self.device)
+            )
             return self.logits(hidden[:, -logits_to_keep:])
         if len(cache) != ids.shape[0] or len({id(sequence) for sequence in cache}) != len(cache):
             raise ValueError(
@@ -296,6 +329,11 @@ class CausalLM(nn.Module):
             ]
         return torch.cat(parts)
 
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors lie."""
+        return next(self.parameters()).device
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocab_size] in f32 of the residual stream [..., hidden_size]."""
         x = self.model.norm(hidden)
@@ -307,7 +345,7 @@ class CausalLM(nn.Module):
         config = self.config
         return self.pool_class(
             len(self.part.layers), config.num_key_value_heads, config.head_dim, self.kv_dtype,
-            max_tokens or self.max_kv_size,
+            max_tokens or self.max_kv_size, self.device,
         )  # fmt: skip
 
     def make_cache(self, max_tokens: int | None = None) -> Sequence:
@@ -348,5 +386,6 @@ class CausalLM(nn.Module):
         of the longest text, once all chunks of this call are done.
         """
         count = x.shape[1]
-        step = Step(self.config, [Window(sequence, count) for sequence in cache], count, length)
-        return self.model(x, step)
+        windows = [Window(sequence, count) for sequence in cache]
+        step = Step(self.config, windows, count, length, self.device)
+        return self.model(x.to(self.device), step)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..checkpoint import Checkpoint
+from ..device import resolve_device
 from ..errors import ConfigError, Q4MetalError
 from ..linear import Q4Embedding
 from ..memory import check_memory
@@ -40,18 +40,20 @@ def load_model(
     """The model in a directory, in eval mode and without gradients; its weights stay packed.
 
     ``path``         the directory, or a checkpoint that is open already
-    ``dtype``        of activations: None is f32 on the CPU
-    ``device``       "cpu", which None means too
+    ``dtype``        of activations, None is f32; on MPS only while prompts are read, tokens are
+                     decoded in f32
+    ``device``       "cpu", which None means too; "mps"; "auto": mps where it is available
     ``precision``    "fast", "exact" or "int8"; None is exact for ``dtype`` f32, else fast
     ``max_kv_size``  longest text, prompt and answer together; None is the smaller of 8192 and what
                      the model was trained for
     ``force``        loads it even if memory seems too small
     ``layers``       only these, for a pipeline stage: no other tensor's bytes are touched
 
-    Raises ConfigError and CheckpointError for what is wrong with the directory, MemoryLimitError if
-    it would not fit.
+    On MPS the weights are copied once; on the CPU they stay in the mapped files. Raises ConfigError
+    and CheckpointError for what is wrong with the directory, MemoryLimitError if it would not fit,
+    Q4MetalError for a device that is not available.
     """
-    _check_device(device)
+    place = resolve_device(device)
     precision = resolve_precision(dtype, precision)
     checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
     family, config = read_family(checkpoint)
@@ -62,12 +64,13 @@ def load_model(
     if not part.is_whole:
         checkpoint = checkpoint.only(part.owns)
     check_memory(
-        config, checkpoint.weight_bytes, kv_dtype, context, layers=len(part.layers), force=force
-    )
+        config, checkpoint.weight_bytes, kv_dtype, context,
+        layers=len(part.layers), force=force, device=place,
+    )  # fmt: skip
 
     with torch.device("meta"):
         model = family(config, dtype or torch.float32, kv_dtype, context, part)
-    load_packed(model, checkpoint, precision=precision)
+    load_packed(model, checkpoint, precision=precision, device=place)
     compute_dense_in_f32(model)
     model.checkpoint = checkpoint
     embedding = model.model.embed_tokens
@@ -130,13 +133,3 @@ def resolve_context(config: DecoderConfig, max_kv_size: int | None) -> int:
             f"{config.sliding_window}, up to which that makes no difference."
         )
     return context
-
-
-def _check_device(device: Any) -> None:
-    kind = "cpu" if device is None else str(device).split(":")[0]
-    if kind == "mps":
-        raise Q4MetalError(
-            "device 'mps' is not available: the Metal backend is not built yet; use device='cpu'."
-        )
-    if kind != "cpu":
-        raise Q4MetalError(f"device {str(device)!r} is not supported; use device='cpu'.")

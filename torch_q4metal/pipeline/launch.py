@@ -80,10 +80,9 @@ def join() -> Transport:
     """The ring of all ranks. Raises PipelineError."""
     if _taken is not None:
         return _taken[1]()
-    if os.environ.get("PYTORCH_ENABLE_MPS_FALLBACK") == "1":
-        raise PipelineError(
-            "PYTORCH_ENABLE_MPS_FALLBACK=1 makes torch.distributed silently wrong; unset it."
-        )
+    from ..device import refuse_mps_fallback
+
+    refuse_mps_fallback()
     from .gloo import GlooTransport
 
     return GlooTransport()

@@ -9,11 +9,13 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <mutex>
 #include <string>
 
 #include "export.h"
 #include "memory.h"
+#include "queue.h"
 
 namespace standin {
 namespace {
@@ -41,14 +43,37 @@ at::Tensor on_cpu(const at::Tensor& t) {
   return at::from_blob(bytes_of(t).data, t.sizes(), t.strides(), t.options().device(at::kCPU));
 }
 
-at::Tensor& copy_(at::Tensor& self, const at::Tensor& from, bool) {
-  on_cpu(self).copy_(on_cpu(from));
+struct Uploads {
+  std::mutex mutex;
+  int64_t largest = 0; // bytes
+
+  static Uploads& instance() {
+    static auto* uploads = new Uploads;
+    return *uploads;
+  }
+};
+
+// As torch's: between host and device it waits unless that is told not to, within it never does.
+at::Tensor& copy_(at::Tensor& self, const at::Tensor& from, bool non_blocking) {
+  const bool is_inside = self.device().is_mps() && from.device().is_mps();
+  if (self.device().is_mps() && !from.device().is_mps()) {
+    auto& uploads = Uploads::instance();
+    const std::lock_guard lock(uploads.mutex);
+    uploads.largest = std::max(uploads.largest, int64_t(from.nbytes()));
+  }
+  enqueue([to = self, from] { on_cpu(to).copy_(on_cpu(from)); });
+  if (!is_inside && !non_blocking)
+    wait_for_all();
   return self;
 }
 
 at::Tensor as_strided(const at::Tensor& self, at::IntArrayRef size, at::IntArrayRef stride,
                       std::optional<int64_t> offset) {
   return at::native::as_strided_tensorimpl(self, size, stride, offset);
+}
+
+at::Tensor reshape_alias(const at::Tensor& self, at::IntArrayRef size, at::IntArrayRef stride) {
+  return as_strided(self, size, stride, self.storage_offset());
 }
 
 at::Tensor copy_from_and_resize(const at::Tensor& self, const at::Tensor& to) {
@@ -78,6 +103,7 @@ void fall_back(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     const std::lock_guard lock(fallbacks.mutex);
     fallbacks.names += op.schema().name() + "\n";
   }
+  wait_for_all();
   at::native::cpu_fallback(op, stack);
 }
 
@@ -92,12 +118,20 @@ TORCH_LIBRARY_IMPL(aten, MPS, m) {
   m.impl("empty_strided", &standin::empty_strided);
   m.impl("copy_", &standin::copy_);
   m.impl("as_strided", &standin::as_strided);
+  m.impl("_reshape_alias", &standin::reshape_alias);
   m.impl("view", &at::native::view);
   m.impl("_copy_from_and_resize", &standin::copy_from_and_resize);
 }
 
 TORCH_LIBRARY_IMPL(_, MPS, m) {
   m.fallback(torch::CppFunction::makeFromBoxedFunction<&standin::fall_back>());
+}
+
+// Bytes of the largest copy from the host so far.
+STANDIN_EXPORT int64_t standin_largest_upload() {
+  auto& uploads = standin::Uploads::instance();
+  const std::lock_guard lock(uploads.mutex);
+  return uploads.largest;
 }
 
 // Names of the operators that ran on the CPU so far, one a line; valid until the next call.

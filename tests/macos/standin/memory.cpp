@@ -1,5 +1,6 @@
 #include "memory.h"
 #include "export.h"
+#include "queue.h"
 
 #include <c10/core/Allocator.h>
 #include <c10/util/Exception.h>
@@ -8,6 +9,7 @@
 #include <cstdlib>
 #include <map>
 #include <mutex>
+#include <vector>
 
 namespace standin {
 namespace {
@@ -23,7 +25,8 @@ struct Contents {
 struct Buffers {
   std::mutex mutex;
   std::map<const void*, Contents> by_handle;
-  int64_t made = 0;
+  std::vector<void*> released; // while work is waiting: Metal retains what commands use
+  int64_t made = 0, bytes = 0;
 
   static Buffers& instance() {
     static auto* buffers = new Buffers;
@@ -31,13 +34,21 @@ struct Buffers {
   }
 };
 
-void release(void* handle) {
-  auto& buffers = Buffers::instance();
-  const std::lock_guard lock(buffers.mutex);
+void free_buffer(Buffers& buffers, void* handle) {
   const auto found = buffers.by_handle.find(handle);
   std::free(found->second.data);
   munmap(handle, found->second.mapped);
+  buffers.bytes -= int64_t(found->second.size);
   buffers.by_handle.erase(found);
+}
+
+void release(void* handle) {
+  auto& buffers = Buffers::instance();
+  const std::lock_guard lock(buffers.mutex);
+  if (is_busy())
+    buffers.released.push_back(handle);
+  else
+    free_buffer(buffers, handle);
 }
 
 struct Allocator final : at::Allocator {
@@ -56,6 +67,7 @@ struct Allocator final : at::Allocator {
     const std::lock_guard lock(buffers.mutex);
     buffers.by_handle[handle] = {data, size, mapped};
     ++buffers.made;
+    buffers.bytes += int64_t(size);
     return {handle, handle, &release, device};
   }
 
@@ -103,6 +115,20 @@ int64_t allocations() {
   return buffers.made;
 }
 
+void free_released() {
+  auto& buffers = Buffers::instance();
+  const std::lock_guard lock(buffers.mutex);
+  for (void* handle : buffers.released)
+    free_buffer(buffers, handle);
+  buffers.released.clear();
+}
+
 } // namespace standin
+
+STANDIN_EXPORT int64_t standin_bytes() {
+  auto& buffers = standin::Buffers::instance();
+  const std::lock_guard lock(buffers.mutex);
+  return buffers.bytes;
+}
 
 STANDIN_EXPORT int64_t standin_allocations() { return standin::allocations(); }

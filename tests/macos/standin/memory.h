@@ -20,5 +20,7 @@ Range bytes_of(const at::TensorBase& tensor);
 // The buffer behind a handle, from `offset` on.
 Range bytes_of(const void* handle, uint64_t offset);
 int64_t allocations();
+// Frees what was released while work that may use it was waiting.
+void free_released();
 
 } // namespace standin

@@ -6,6 +6,7 @@
 
 #include "../../../csrc/metal/library.h"
 #include "kernels.h"
+#include "queue.h"
 
 namespace standin {
 namespace {
@@ -98,6 +99,7 @@ void MetalKernelFunction::dispatch(c10::ArrayRef<uint64_t> length,
   std::copy_n(threads, 3, call.threads);
   std::copy_n(groups, 3, call.group);
   try {
+    standin::wait_for_all(); // what waits comes first
     standin::run(call);
   } catch (const std::runtime_error& error) {
     TORCH_CHECK(false, error.what());

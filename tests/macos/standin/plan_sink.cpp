@@ -1,13 +1,14 @@
-// The sink of decode plans without a GPU: commands wait for the next barrier, as a concurrent
-// encoder may let them, and then run last one first. Two of them that touch the same memory, one
-// of them writing, are an error: a barrier is missing.
+// The sink of decode plans without a GPU: what lies between two barriers runs last one first, as a
+// concurrent encoder may let it. Two of them that touch the same memory, one of them writing, are
+// an error: a barrier is missing.
 #include "../../../csrc/metal/sink.h"
 
-#include <algorithm>
+#include <memory>
 #include <stdexcept>
 
 #include "export.h"
 #include "kernels.h"
+#include "queue.h"
 
 namespace standin {
 namespace {
@@ -46,29 +47,19 @@ public:
       next_.threads[axis] = launch.total(axis);
       next_.group[axis] = launch.threads[axis];
     }
-    waiting_.push_back(next_);
+    groups_.back().push_back(next_);
     ++statistics.dispatches;
   }
 
   void barrier() override {
     ++statistics.barriers;
     if (barriers_++ != ignored_barrier)
-      finish();
+      groups_.emplace_back();
   }
 
-  void finish() {
-    std::vector<std::pair<Access, std::string>> touched;
-    for (auto call = waiting_.rbegin(); call != waiting_.rend(); ++call) {
-      const auto accesses = run(*call);
-      for (const Access& a : accesses)
-        for (const auto& [b, other] : touched)
-          if ((a.written || b.written) && a.begin < b.end && b.begin < a.end)
-            throw std::runtime_error("no barrier between " + call->pipeline.name + " and " + other +
-                                     ", which use the same memory");
-      for (const Access& a : accesses)
-        touched.emplace_back(a, call->pipeline.name);
-    }
-    waiting_.clear();
+  void execute() {
+    for (auto& group : groups_)
+      execute(group);
   }
 
 private:
@@ -80,8 +71,22 @@ private:
     return next_.arguments[index];
   }
 
+  void execute(std::vector<Call>& group) {
+    std::vector<std::pair<Access, std::string>> touched;
+    for (auto call = group.rbegin(); call != group.rend(); ++call) {
+      const auto accesses = run(*call);
+      for (const Access& a : accesses)
+        for (const auto& [b, other] : touched)
+          if ((a.written || b.written) && a.begin < b.end && b.begin < a.end)
+            throw std::runtime_error("no barrier between " + call->pipeline.name + " and " + other +
+                                     ", which use the same memory");
+      for (const Access& a : accesses)
+        touched.emplace_back(a, call->pipeline.name);
+    }
+  }
+
   Call next_{};
-  std::vector<Call> waiting_;
+  std::vector<std::vector<Call>> groups_{1}; // a barrier between each and the next
   int64_t barriers_ = 0;
 };
 
@@ -92,9 +97,9 @@ namespace q4metal::mps {
 
 void submit(const std::function<void(CommandSink&)>& encode) {
   ++standin::statistics.submissions;
-  standin::PlanSink sink;
-  encode(sink);
-  sink.finish();
+  const auto sink = std::make_shared<standin::PlanSink>();
+  encode(*sink);
+  standin::enqueue([sink] { sink->execute(); });
 }
 
 std::optional<std::string> take_failure() { return std::nullopt; }

@@ -1,0 +1,89 @@
+"""The decode plan on the GPU of a Mac: what differs from the CPU's.
+
+The plan's tensors, rows in and rows out lie on the device, positions and sampling settings on the
+host: it must know how long the rows are, and to ask the GPU would be to wait for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as List
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _extension, ops
+from .cache import Sequence
+from .decode_plan import DecodePlan, block_tables, places_of_rows
+from .models.base import CausalLM
+
+_native = _extension.load()
+_MPS = torch.device("mps")
+_ALIGNMENT = 16  # bytes that kernels load at a time
+
+
+class MetalDecodePlan(DecodePlan):
+    """Computes the next tokens of up to 8 rows of ``model`` on MPS, in f32 whatever its dtype.
+
+    Prompts are read by modules.
+    """
+
+    def __init__(self, model: CausalLM) -> None:
+        self._memory = _native.DeviceMemory()
+        super().__init__(model)
+
+    @staticmethod
+    def takes(model: CausalLM) -> bool:
+        """Whether the kernels take its shapes, which those of all known models are."""
+        dense = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)]
+        columns = [m.weight.shape[1] for m in dense]
+        return model.config.head_dim % 4 == 0 and not any(n % 16 for n in columns)
+
+    @property
+    def reads_prompts(self) -> bool:
+        return False
+
+    def advance(
+        self,
+        x: Tensor,
+        cache: List[Sequence],
+        counts: List[int],
+        out: Tensor | None = None,
+        length: int = 0,
+    ) -> Tensor:
+        """As ``DecodePlan.advance``, of at most 8 rows; x and the result are on the CPU."""
+        positions, rope = places_of_rows(self._rope, cache, counts, length)
+        rows = torch.empty(len(x), self._width, device=_MPS)
+        tables = block_tables(cache, counts).to(_MPS)
+        slabs = cache[0].pool.slabs
+        self.step(x.to(_MPS), positions, rope.to(_MPS), tables, slabs, rows)
+        return rows.cpu() if out is None else out.copy_(rows)
+
+    def step(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        rope: Tensor,
+        tables: Tensor,
+        slabs: list[Tensor],
+        out: Tensor,
+        sampling: Tensor | None = None,
+    ) -> None:
+        """One pass, which is queued and not waited for.
+
+        As ``ops.decode_step``: all on MPS but positions and ``sampling``. ``out`` may be token ids
+        int64 [R] that a later pass takes as ``x``.
+        """
+        ops.decode_step(self.native.handle, x, positions, rope, tables, slabs, out, sampling)
+
+    def _build(self, *parts: Any) -> Any:
+        *model, context = parts
+        return _native.MetalDecodePlan(*model, self._memory, context)
+
+    def _address(self, tensor: Tensor) -> int:
+        tensor = tensor.detach().contiguous()
+        if tensor.storage_offset() * tensor.element_size() % _ALIGNMENT:
+            tensor = tensor.clone()
+        self._kept.append(tensor)
+        offset = tensor.storage_offset() * tensor.element_size()
+        return self._memory.address(tensor.untyped_storage().data_ptr(), offset)

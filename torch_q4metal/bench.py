@@ -251,6 +251,9 @@ def main(
         bool,
         typer.Option("--stream-weights", help="ranks without files get theirs from rank 0"),
     ] = False,
+    interface: Annotated[
+        str | None, typer.Option(help="under torchrun, the network that other machines are on")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="last line of stdout: one JSON object")
     ] = False,
@@ -268,6 +271,7 @@ def main(
     from .pipeline import launch
 
     place = launch.own_place()
+    launch.use_interface(interface)
     launch.set_threads(threads)
     if place is not None and place.rank > 0:
         source = model or str(builtin_model())

@@ -16,7 +16,7 @@ import typer
 
 from .cli import EXIT_ERROR, run
 from .errors import ContextLengthError, Q4MetalError
-from .pipeline.launch import own_place
+from .pipeline.launch import own_place, use_interface
 
 if TYPE_CHECKING:
     from .chat_session import ChatSession
@@ -161,6 +161,14 @@ def main(
             rich_help_panel=MODEL,
         ),
     ] = False,
+    interface: Annotated[
+        str | None,
+        typer.Option(
+            help="Under torchrun, the network interface by which other machines reach this one, "
+            "like en0 or eth0.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     quiet: Annotated[
         bool, typer.Option("--quiet", help="Only answers and errors.", rich_help_panel=OUTPUT)
     ] = False,
@@ -202,6 +210,7 @@ def main(
             "it is for several ranks; start them with torchrun or torch_q4metal.cluster.",
             param_hint="--stream-weights" if split is None else "--split",
         )
+    use_interface(interface)
     if ignore_chat_template and (system_prompt or chat_template):
         given = "--system-prompt" if system_prompt else "--chat-template"
         raise typer.BadParameter("--ignore-chat-template leaves no use for it.", param_hint=given)

@@ -6,6 +6,7 @@ unpickles what it is sent, and nothing is encrypted.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,7 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import PipelineError
+from .diagnosis import explain
+from .rendezvous import meet
 
+# For all of gloo's own connections; its accepting side waits five times as long.
+_CONNECT = timedelta(seconds=120)
 # A receive that times out closes its pair for good, and an idle chat may wait for days: liveness is
 # watched elsewhere.
 _NEVER = timedelta(days=3650)
@@ -27,9 +32,16 @@ class GlooTransport:
     def __init__(self) -> None:
         """Joins the group. Raises PipelineError if that fails."""
         try:
-            dist.init_process_group("gloo", timeout=_NEVER)
+            store, rank, size = meet()
+            dist.init_process_group(
+                "gloo", store=store, rank=rank, world_size=size, timeout=_CONNECT
+            )
+        except PipelineError:
+            raise
         except (RuntimeError, ValueError) as error:
-            raise PipelineError(f"this rank could not join the others: {error}") from error
+            master = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            why = explain(error, master)
+            raise PipelineError(f"this rank could not join the others: {why}") from error
         self._group = world()
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
@@ -68,7 +80,7 @@ class _GlooTransfer:
         if self._work.is_completed():  # gloo would wait for another message
             return
         with _link_to(self._peer):
-            self._work.wait()
+            self._work.wait(_NEVER)
 
 
 @contextmanager

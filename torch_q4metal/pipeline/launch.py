@@ -61,6 +61,25 @@ def torchrun_place() -> Place | None:
     return Place(int(values[0] or 0), int(values[1] or 1))
 
 
+def use_interface(name: str | None) -> None:
+    """Before ``join``, under torchrun: the network interface whose address the others are given.
+
+    Raises PipelineError if it has no address, or where another option says it.
+    """
+    if name is None:
+        return
+    if own_place() is None:
+        raise PipelineError("--interface is for several ranks; start them with torchrun.")
+    if _taken is not None:
+        raise PipelineError(
+            f"--interface {name} goes before the --: torch_q4metal.cluster run --interface {name}."
+        )
+    from .addresses import interface_address
+
+    interface_address(name)
+    os.environ["GLOO_SOCKET_IFNAME"] = name  # gloo reads it
+
+
 def set_threads(threads: int | None) -> None:
     """``threads``, or this machine's share of them: torchrun would leave one to each process.
 

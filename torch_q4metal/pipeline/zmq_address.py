@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import zmq
 
 from ..errors import PipelineError
+from .addresses import interfaces
 
 logger = logging.getLogger(__name__)
 
@@ -76,11 +77,6 @@ def listen_later(listening: Socket, rank: int, first: Address, bind: str | None)
         return _listen(listening, number, None)
 
 
-def interfaces() -> list[str]:
-    """The names of this machine's network interfaces."""
-    return [name for _, name in socket.if_nameindex()]
-
-
 def _listen(listening: Socket, number: str, port: int | None) -> Address:
     if ipaddress.ip_address(number).is_unspecified:
         raise PipelineError(
@@ -103,29 +99,18 @@ def _open(opened: Socket, number: str, port: int | str, how: Callable[[str], obj
 
 def _resolve(name: str) -> str:
     """The numeric address of a host or of one of this machine's interfaces."""
-    if name in interfaces():
-        return _interface_address(name)
+    addresses = interfaces()
+    if name in addresses:
+        return addresses[name]
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise PipelineError(
             f"{name!r} is no known host, address or interface ({error}); interfaces here: "
-            f"{', '.join(interfaces())}."
+            f"{', '.join(addresses)}."
         ) from None
     found.sort(key=lambda each: each[0] != socket.AF_INET)  # networks without IPv6 are common
     return str(found[0][4][0])
-
-
-def _interface_address(name: str) -> str:
-    """The IPv4 address of an interface, which libzmq finds out by listening there."""
-    with zmq.Context() as context, context.socket(zmq.PULL) as probe:
-        try:
-            probe.bind(f"tcp://{name}:*")
-        except zmq.ZMQError:
-            raise PipelineError(
-                f"the interface {name} has no address; interfaces here: {', '.join(interfaces())}."
-            ) from None
-        return _own_address(probe).host
 
 
 def _own_address(listening: Socket) -> Address:

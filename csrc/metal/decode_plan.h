@@ -17,9 +17,12 @@ public:
   // `memory` resolves the addresses of the plan's segments. Allocates the workspace.
   DecodePlan(plan::Plan plan, DeviceMemory memory, int64_t context);
 
+  const Encoder& encoder() const { return encoder_; }
   const plan::Plan& plan() const { return encoder_.plan(); }
   int64_t context() const { return encoder_.context(); }
   int64_t workspace_bytes() const { return encoder_.workspace_bytes(); }
+  // uint8 [workspace_bytes]: what steps hand on to each other.
+  const at::Tensor& workspace() const { return workspace_; }
   // Room for logits [kMaxRows, vocabulary] where the caller wants token ids only; made once.
   at::Tensor logits(int64_t rows);
   // Compiles what is missing, then gives the commands to the GPU.

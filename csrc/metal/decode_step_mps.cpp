@@ -122,7 +122,19 @@ void decode_step(int64_t handle, const at::Tensor& input, const at::Tensor& posi
   plan->run(pass);
 }
 
+// The memory itself, not a copy.
+at::Tensor metal_workspace(int64_t handle) {
+  const auto plan = find_plan(handle);
+  TORCH_CHECK_VALUE(plan != nullptr, "decode plan ", handle,
+                    " does not exist on MPS, or its model was freed");
+  return plan->workspace();
+}
+
 } // namespace
 } // namespace q4metal::mps
 
 TORCH_LIBRARY_IMPL(q4metal, MPS, m) { m.impl("decode_step", &q4metal::mps::decode_step); }
+
+TORCH_LIBRARY_FRAGMENT(q4metal, m) {
+  m.def("metal_workspace(int plan) -> Tensor", &q4metal::mps::metal_workspace);
+}

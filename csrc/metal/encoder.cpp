@@ -66,6 +66,24 @@ Encoder::Encoder(plan::Plan plan, DeviceMemory memory, int64_t context, Compile 
                              (plan_.shape.head_dim + 2) * int64_t(sizeof(float)));
 }
 
+int64_t Encoder::offset_of(int buffer) const {
+  return plan_.buffers.at(buffer).external ? -1 : offsets_[buffer];
+}
+
+std::string Encoder::kernel_names(size_t step, int rows, bool other_way) const {
+  const auto& shape = plan_.shape;
+  const Step& named = plan_.steps.at(step);
+  if (!other_way)
+    return kernel_of(named, shape, rows).name;
+  if (named.kind == StepKind::argmax)
+    return sample_kernel().name;
+  if (named.kind != StepKind::attention || !needs_split(context_))
+    return "";
+  const int shared = shared_heads(shape.heads, shape.kv_heads);
+  return attention_split_kernel(shape.kv_dtype, shape.head_dim, shared).name + " and " +
+         attention_combine_kernel(shape.head_dim).name;
+}
+
 void Encoder::prepare(const Pass& pass) {
   const auto& shape = plan_.shape;
   if (pipelines_[pass.rows].empty()) {
@@ -162,48 +180,63 @@ void Encoder::encode_attention(const Step& step, const Pass& pass, Memory worksp
                                CommandSink& sink) const {
   const auto& shape = plan_.shape;
   const int64_t longest = *std::max_element(pass.positions, pass.positions + pass.rows) + 1;
-  const Memory out = memory_of(step.writes[0], pass, workspace);
+  if (!needs_split(longest)) {
+    const AttentionArgs args{cache_args(step, pass), uint32_t(shape.heads), 0,
+                             shape.attention_scale};
+    sink.buffer(0, memory_of(step.reads[0], pass, workspace));
+    sink.bytes(1, pass.positions, pass.rows * sizeof(int64_t));
+    bind_cache(2, 3, false, pass, sink);
+    sink.buffer(4, memory_of(step.writes[0], pass, workspace));
+    set_args(5, args, sink);
+    sink.dispatch(attention_launch(pass.rows, shape.heads));
+  }
+  if (needs_split(longest) || (plan_.isolated && split_ != nullptr))
+    encode_split_attention(step, pass, longest, workspace, sink);
+}
+
+void Encoder::encode_split_attention(const Step& step, const Pass& pass, int64_t longest,
+                                     Memory workspace, CommandSink& sink) const {
+  const auto& shape = plan_.shape;
   const Memory chunks = workspace.at(chunks_offset_);
-  const bool split = needs_split(longest);
   const AttentionArgs args{cache_args(step, pass), uint32_t(shape.heads),
                            uint32_t(chunks_of(longest)), shape.attention_scale};
-  if (split)
-    sink.pipeline(split_);
+  sink.pipeline(split_);
   sink.buffer(0, memory_of(step.reads[0], pass, workspace));
   sink.bytes(1, pass.positions, pass.rows * sizeof(int64_t));
   bind_cache(2, 3, false, pass, sink);
-  sink.buffer(4, split ? chunks : out);
+  sink.buffer(4, chunks);
   set_args(5, args, sink);
-  if (!split)
-    return sink.dispatch(attention_launch(pass.rows, shape.heads));
   sink.dispatch(attention_split_launch(pass.rows, shape.heads, shape.kv_heads, longest));
 
   sink.barrier();
   sink.pipeline(combine_);
   sink.buffer(0, chunks);
   sink.bytes(1, pass.positions, pass.rows * sizeof(int64_t));
-  sink.buffer(2, out);
+  sink.buffer(2, memory_of(step.writes.back(), pass, workspace));
   set_args(3, args, sink);
   sink.dispatch(attention_combine_launch(pass.rows, shape.heads));
 }
 
 void Encoder::encode_token(const Step& step, const Pass& pass, Memory workspace,
                            CommandSink& sink) const {
-  const ArgmaxArgs args{uint32_t(plan_.shape.vocab_size)};
-  const Memory logits = memory_of(step.reads[0], pass, workspace);
-  const Memory tokens = memory_of(step.writes[0], pass, workspace);
-  if (pass.sampling == nullptr) {
-    sink.buffer(0, logits);
-    sink.buffer(1, tokens);
-    set_args(2, args, sink);
-    return sink.dispatch(argmax_launch(pass.rows));
+  if (pass.sampling == nullptr || plan_.isolated) {
+    sink.buffer(0, memory_of(step.reads[0], pass, workspace));
+    sink.buffer(1, memory_of(step.writes[0], pass, workspace));
+    set_args(2, ArgmaxArgs{uint32_t(plan_.shape.vocab_size)}, sink);
+    sink.dispatch(argmax_launch(pass.rows));
   }
+  if (pass.sampling != nullptr)
+    encode_sample(step, pass, workspace, sink);
+}
+
+void Encoder::encode_sample(const Step& step, const Pass& pass, Memory workspace,
+                            CommandSink& sink) const {
   sink.pipeline(sample_);
-  sink.buffer(0, logits);
+  sink.buffer(0, memory_of(step.reads[0], pass, workspace));
   sink.bytes(1, pass.sampling, pass.rows * sizeof(Sampling));
   sink.bytes(2, pass.positions, pass.rows * sizeof(int64_t));
-  sink.buffer(3, tokens);
-  set_args(4, args, sink);
+  sink.buffer(3, memory_of(step.writes.back(), pass, workspace));
+  set_args(4, ArgmaxArgs{uint32_t(plan_.shape.vocab_size)}, sink);
   sink.dispatch(sample_launch(pass.rows));
 }
 

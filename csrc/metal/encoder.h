@@ -41,6 +41,11 @@ public:
   int64_t context() const { return context_; }
   // Of the memory between steps, for up to plan::kMaxRows rows.
   int64_t workspace_bytes() const { return workspace_bytes_; }
+  // Of one of the plan's buffers in the workspace, in bytes; -1: it is external.
+  int64_t offset_of(int buffer) const;
+  // Names of the kernels that a step runs for so many rows. `other_way`: long contexts in
+  // attention, drawing in the choice of a token; none where the step has no other way.
+  std::string kernel_names(size_t step, int rows, bool other_way) const;
   // Compiles what the pass needs and was not compiled yet.
   void prepare(const Pass& pass);
   // Commands of one pass that was prepared. Allocates nothing.
@@ -50,10 +55,15 @@ private:
   void encode_step(size_t index, const Pass& pass, Memory workspace, CommandSink& sink) const;
   void encode_qkv(const plan::Step& step, const Pass& pass, Memory workspace,
                   CommandSink& sink) const;
+  // An isolated plan's steps go both ways.
   void encode_attention(const plan::Step& step, const Pass& pass, Memory workspace,
                         CommandSink& sink) const;
+  void encode_split_attention(const plan::Step& step, const Pass& pass, int64_t longest,
+                              Memory workspace, CommandSink& sink) const;
   void encode_token(const plan::Step& step, const Pass& pass, Memory workspace,
                     CommandSink& sink) const;
+  void encode_sample(const plan::Step& step, const Pass& pass, Memory workspace,
+                     CommandSink& sink) const;
   void bind(unsigned first, const plan::Segment& segment, CommandSink& sink) const;
   void bind_cache(unsigned tables, unsigned slabs, bool written, const Pass& pass,
                   CommandSink& sink) const;

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <iterator>
+#include <map>
 #include <stdexcept>
 
 namespace q4metal::plan {
@@ -37,6 +39,22 @@ void require_shape(const Segment& segment, int64_t out_features, int64_t in_feat
                               std::to_string(segment.in_features()) + "], the plan needs [" +
                               std::to_string(out_features) + ", " + std::to_string(in_features) +
                               "]");
+}
+
+// Whether one kernel computes both.
+bool is_same_format(const Segment& a, const Segment& b) {
+  const auto* packed = std::get_if<PackedMatrix>(&a.matrix);
+  const auto* other = std::get_if<PackedMatrix>(&b.matrix);
+  if (packed == nullptr || other == nullptr)
+    return packed == other &&
+           std::get<DenseMatrix>(a.matrix).dtype == std::get<DenseMatrix>(b.matrix).dtype;
+  return packed->bits == other->bits && packed->group_size == other->group_size &&
+         packed->scales_dtype == other->scales_dtype;
+}
+
+bool is_same_kernel(const Step& a, const Step& b) {
+  return a.kind == b.kind && std::equal(a.segments.begin(), a.segments.end(), b.segments.begin(),
+                                        b.segments.end(), is_same_format);
 }
 
 std::string described(const Segment& segment) {
@@ -223,6 +241,55 @@ Plan build(const Shape& shape, const std::optional<Segment>& embedding,
   }
   plan.barrier_before = place_barriers(plan.steps);
   return plan;
+}
+
+Plan isolate(const Plan& plan) {
+  const auto& shape = plan.shape;
+  Plan own{shape, {}, {}, {}, true};
+  own.shape.layers = 0;
+  const auto add = [&](Buffer buffer) {
+    if (buffer.name == "logits")
+      buffer = {buffer.name, shape.vocab_size * int64_t(sizeof(float))};
+    else if (buffer.name == "tokens")
+      buffer = {buffer.name, sizeof(int64_t)};
+    else if (buffer.name == "output")
+      buffer = {buffer.name, shape.hidden_size * int64_t(sizeof(float))};
+    own.buffers.push_back(std::move(buffer));
+    return int(own.buffers.size()) - 1;
+  };
+  for (Step step : plan.steps) {
+    if (std::any_of(own.steps.begin(), own.steps.end(),
+                    [&](const Step& other) { return is_same_kernel(step, other); }))
+      continue;
+    if (step.kind == StepKind::norm_qkv || step.kind == StepKind::attention)
+      step.layer = int(own.shape.layers++);
+    std::map<int, int> copies;
+    for (auto* list : {&step.reads, &step.writes})
+      for (int& id : *list) {
+        if (copies.count(id) == 0)
+          copies[id] = add(plan.buffers[id]);
+        id = copies[id];
+      }
+    if (step.kind == StepKind::attention || step.kind == StepKind::argmax)
+      step.writes.push_back(add(own.buffers[step.writes[0]]));
+    own.steps.push_back(std::move(step));
+  }
+  own.barrier_before = place_barriers(own.steps);
+  return own;
+}
+
+Plan only(const Plan& plan, const std::vector<std::string>& kinds) {
+  Plan rest = plan;
+  rest.steps.clear();
+  std::copy_if(plan.steps.begin(), plan.steps.end(), std::back_inserter(rest.steps),
+               [&](const Step& step) {
+                 return std::find(kinds.begin(), kinds.end(), name_of(step.kind)) != kinds.end();
+               });
+  if (rest.steps.empty())
+    throw std::invalid_argument("the plan has no step of kind '" +
+                                (kinds.empty() ? std::string() : kinds[0]) + "'");
+  rest.barrier_before = place_barriers(rest.steps);
+  return rest;
 }
 
 } // namespace q4metal::plan

@@ -86,6 +86,7 @@ struct Plan {
   std::vector<Buffer> buffers;
   std::vector<Step> steps;
   std::vector<bool> barrier_before; // per step
+  bool isolated = false;            // its steps share no memory: see `isolate`
 
   bool embeds() const;            // its input is token ids, not residual rows
   bool has_packed_layers() const; // nothing was left dense but the table, the head and the norms
@@ -119,5 +120,16 @@ struct Head {
 // Throws std::invalid_argument, naming the matrix, where shapes do not fit.
 Plan build(const Shape& shape, const std::optional<Segment>& embedding,
            const std::vector<Layer>& layers, const std::optional<Head>& head);
+
+// The plan's steps, each on buffers of its own, so that a wrong one spoils no other: for comparing
+// single steps with known answers. Of steps of one kind on matrices of the same formats only the
+// first is there. Ids and residual rows from outside are the same for all; the rest is no longer
+// external. A step that uses the KV cache has a layer of its own in it, of shape.layers. Attention
+// and the choice of a token, which can be computed in two ways, write a second buffer for the other
+// one.
+Plan isolate(const Plan& plan);
+
+// Only the steps of these kinds, to be timed: all others' results are what happens to be in memory.
+Plan only(const Plan& plan, const std::vector<std::string>& kinds);
 
 } // namespace q4metal::plan

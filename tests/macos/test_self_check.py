@@ -1,0 +1,126 @@
+"""The start-up self-check on MPS, on Linux: what it covers, and that it finds a wrong kernel.
+
+A slip is planted in the Metal text that the stand-in compiles. Kernels are kept once they are
+compiled, so each case has formats that no other has.
+"""
+
+import pytest
+import standin_build
+import tiny
+import torch
+
+from torch_q4metal import _extension, self_check
+from torch_q4metal.model_formats import Format, LayerFormats, ModelFormats
+from torch_q4metal.models import load_model
+from torch_q4metal.self_check import SelfCheckError, check, check_model
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+@pytest.fixture
+def standin(monkeypatch):
+    loaded = standin_build.load()
+    loaded.slips = 0
+    for name in ("MetalDecodePlan", "DeviceMemory"):
+        monkeypatch.setattr(_extension.load(), name, getattr(loaded.native, name), raising=False)
+    yield loaded
+    loaded.slip = loaded.refusal = None
+
+
+def formats(form, **changes):
+    """A whole model's with one format everywhere; 7 query heads share the keys and values."""
+    given = {
+        "layers": (LayerFormats.uniform(form),),
+        "table": form,
+        "head": form,
+        "kv_dtype": form.dtype,
+        "head_dim": 64,
+        "heads": 14,
+        "kv_heads": 2,
+        "context": 8192,
+        "dtype": BF16,
+        "precision": "fast",
+    }
+    return ModelFormats(**given | changes)
+
+
+def kernels_of_plan(model, standin, rows):
+    """Names of the kernels of the plan that decodes the model."""
+    from test_metal_decode_plan import MetalPlan
+
+    return [kernel for _, kernel, *_ in MetalPlan(model, standin).native.steps(rows)]
+
+
+def test_every_kernel_of_the_plan_in_one_submission(standin, tmp_path):
+    mixed = {"model.layers.1.self_attn.v_proj": {"bits": 6, "group_size": 32}}
+    mixed |= {"model.layers.0.mlp.down_proj": False, "lm_head": {"bits": 8, "group_size": 32}}
+    longest = {"max_position_embeddings": 2048}
+    tiny.write_tiny(tmp_path, tied=False, overrides=mixed, dtype=F16, config=longest)
+    model = load_model(tmp_path)
+    for rows in (1, 8):
+        before = standin.plan_statistics()[0], len(standin.dispatches())
+        report = check_model(model, rows)
+        assert standin.plan_statistics()[0] - before[0] == 1
+        assert report.data_bytes <= self_check.LARGEST
+        kernels = set(kernels_of_plan(model, standin, rows))
+        assert kernels <= set(report.errors)
+        others = {name.split(" ")[0] for name in set(report.errors) - kernels}
+        prompts = {"q4_matmul", "q4_matvec", "q4_embedding"} if rows == 1 else set()
+        assert others == {"plan_attention_split_f16_d16_h2", "plan_sample", *prompts}
+        assert check_model(model, rows) is None  # once a process
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        formats(Format(8, 128, F32), head_dim=128, heads=64, kv_heads=8),
+        formats(Format(0, 0, F32), head_dim=128, heads=28, kv_heads=4, layers=()),
+        formats(Format(4, 64, BF16), table=None, head=None, context=512),
+    ],
+    ids=["the most bytes", "only ends", "a stage in the middle"],
+)
+def test_fits_into_a_megabyte(standin, case):
+    assert check(case, 1, "mps").data_bytes <= self_check.LARGEST
+
+
+PLANTED = {  # kernel: text, wrong text, format, other changes
+    "plan_embed": ("(w, row, k, out)", "(w, row ^ 1, k, out)", (3, 32), {"layers": ()}),
+    "plan_qkv": ("b * rope[dim + i])", "-b * rope[dim + i])", (5, 32), {}),
+    "plan_attention_bf16_d32 ": (
+        "sum_of(products[g]) * args.scale", "sum_of(products[g])",
+        (2, 32), {"head_dim": 32, "context": 512},
+    ),
+    "plan_attention_split_bf16_d96_h4 and plan_attention_combine_d96 ": (
+        "add_chunks<kDim>(chunks, count, args", "add_chunks<kDim>(chunks, 1, args",
+        (2, 64), {"head_dim": 96, "heads": 8},
+    ),
+    "plan_residual": ("+ first + f] +=", "+ first + f] =", (6, 32), {}),
+    "plan_gate_up": ("(1.0f + exp(-g)) * u", "(1.0f + exp(g)) * u", (3, 64), {}),
+    "plan_head": ("+ first + f] = y;", "+ first + f] = -y;", (5, 64), {"layers": ()}),
+    "q4_matmul": ("sums[i][j], a[i], b[j]", "sums[i][j], a[i], b[0]", (3, 128), {"layers": ()}),
+    "q4_matvec": ("fma(biases[f], x.sum, sum)", "sum", (6, 128), {"layers": ()}),
+    "q4_embedding": ("(w, uint(id), k", "(w, uint(id) ^ 1, k", (2, 128), {"layers": ()}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", PLANTED)
+def test_a_wrong_kernel_is_named(standin, kernel):
+    *slip, (bits, group_size), changes = PLANTED[kernel]
+    standin.slip = tuple(slip)
+    case = formats(Format(bits, group_size, BF16), **changes)
+    with pytest.raises(SelfCheckError) as refused:
+        check(case, 1, "mps")
+    assert standin.slips > 0
+    message = str(refused.value)
+    assert message.startswith(f"the Metal kernel {kernel}")
+    assert ", macOS " in message
+    assert "use device='cpu'" in message
+    assert message.count(". ") == 0  # one sentence
+
+
+def test_a_kernel_that_does_not_compile_is_named(standin):
+    standin.refusal = "program_source:7:3: error: unknown type name 'bfloat'"
+    with pytest.raises(
+        SelfCheckError, match=r"kernel q4_matvec_bf16_f16_b2_g128.* 'bfloat' \(.*macOS"
+    ):
+        check(formats(Format(2, 128, F16), layers=()), 1, "mps")

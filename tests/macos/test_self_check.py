@@ -5,11 +5,10 @@ compiled, so each case has formats that no other has.
 """
 
 import pytest
-import standin_build
 import tiny
 import torch
 
-from torch_q4metal import _extension, self_check
+from torch_q4metal import decode, self_check
 from torch_q4metal.model_formats import Format, LayerFormats, ModelFormats
 from torch_q4metal.models import load_model
 from torch_q4metal.self_check import SelfCheckError, check, check_model
@@ -18,13 +17,10 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
 @pytest.fixture
-def standin(monkeypatch):
-    loaded = standin_build.load()
-    loaded.slips = 0
-    for name in ("MetalDecodePlan", "DeviceMemory"):
-        monkeypatch.setattr(_extension.load(), name, getattr(loaded.native, name), raising=False)
-    yield loaded
-    loaded.slip = loaded.refusal = None
+def standin(mac):
+    mac.slips = 0
+    yield mac
+    mac.slip = mac.refusal = None
 
 
 def formats(form, **changes):
@@ -44,11 +40,9 @@ def formats(form, **changes):
     return ModelFormats(**given | changes)
 
 
-def kernels_of_plan(model, standin, rows):
+def kernels_of_plan(model, rows):
     """Names of the kernels of the plan that decodes the model."""
-    from test_metal_decode_plan import MetalPlan
-
-    return [kernel for _, kernel, *_ in MetalPlan(model, standin).native.steps(rows)]
+    return [kernel for _, kernel, *_ in decode.plan_of(model).native.steps(rows)]
 
 
 def test_every_kernel_of_the_plan_in_one_submission(standin, tmp_path):
@@ -56,13 +50,13 @@ def test_every_kernel_of_the_plan_in_one_submission(standin, tmp_path):
     mixed |= {"model.layers.0.mlp.down_proj": False, "lm_head": {"bits": 8, "group_size": 32}}
     longest = {"max_position_embeddings": 2048}
     tiny.write_tiny(tmp_path, tied=False, overrides=mixed, dtype=F16, config=longest)
-    model = load_model(tmp_path)
+    model = load_model(tmp_path, device="mps")
     for rows in (1, 8):
         before = standin.plan_statistics()[0], len(standin.dispatches())
         report = check_model(model, rows)
         assert standin.plan_statistics()[0] - before[0] == 1
         assert report.data_bytes <= self_check.LARGEST
-        kernels = set(kernels_of_plan(model, standin, rows))
+        kernels = set(kernels_of_plan(model, rows))
         assert kernels <= set(report.errors)
         others = {name.split(" ")[0] for name in set(report.errors) - kernels}
         prompts = {"q4_matmul", "q4_matvec", "q4_embedding"} if rows == 1 else set()

@@ -27,6 +27,15 @@ def run_torchrun(
     )  # fmt: skip
 
 
+def start_torchrun(*words: str | Path, processes: int) -> subprocess.Popen[str]:
+    """Starts it, with nothing on standard input; its output is piped."""
+    return subprocess.Popen(
+        [*TORCHRUN, "--nproc-per-node", str(processes), *map(str, words)],
+        env=_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
 class Terminal:
     """A chat of two ranks in a pseudo-terminal."""
 

@@ -245,7 +245,8 @@ def main(
         str, typer.Option(help="layers of each of several ranks: auto, memory or 10,18")
     ] = "auto",
     stage_timeout: Annotated[
-        float, typer.Option(min=1, help="seconds after which a silent rank counts as lost")
+        float,
+        typer.Option(min=1, help="seconds after which a silent rank is lost; rank 0's counts"),
     ] = 30.0,
     stream_weights: Annotated[
         bool,

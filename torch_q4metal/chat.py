@@ -147,8 +147,8 @@ def main(
         float | None,
         typer.Option(
             min=1,
-            help="With several ranks, seconds after which a silent one counts as lost; 30 if left "
-            "out.",
+            help="With several ranks, seconds after which a silent one is lost and all end; rank "
+            "0's counts, 30 if left out.",
             rich_help_panel=MODEL,
         ),
     ] = None,
@@ -205,11 +205,16 @@ def main(
     _prepare_streams(
         quiet or (place is not None and is_later_rank and not place.has_terminal), debug
     )
-    if place is None and (split is not None or stream_weights):
-        raise typer.BadParameter(
-            "it is for several ranks; start them with torchrun or torch_q4metal.cluster.",
-            param_hint="--stream-weights" if split is None else "--split",
-        )
+    if place is None:
+        for name, given in (
+            ("--split", split), ("--stream-weights", stream_weights),
+            ("--stage-timeout", stage_timeout),
+        ):  # fmt: skip
+            if given:
+                raise typer.BadParameter(
+                    "it is for several ranks; start them with torchrun or torch_q4metal.cluster.",
+                    param_hint=name,
+                )
     use_interface(interface)
     if ignore_chat_template and (system_prompt or chat_template):
         given = "--system-prompt" if system_prompt else "--chat-template"

@@ -8,9 +8,6 @@ travels is encrypted. Every rank is one process, the one that is started here.
 """
 
 import importlib
-import os
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,7 +20,6 @@ if TYPE_CHECKING:
     from .pipeline.transport import Transport
 
 APPS = ("chat", "bench")
-_END_SECONDS = 3.0  # for a rank to end by itself, with its error on the way
 
 app = typer.Typer(rich_markup_mode="rich", no_args_is_help=True, help=__doc__)
 
@@ -83,36 +79,13 @@ def run(
     def join() -> "Transport":
         from .pipeline.zmq_transport import ZmqTransport  # brings torch along
 
-        transport = ZmqTransport(rank, world_size, first, secret, own, join_timeout=join_timeout)
-        transport.watch.on_loss = _ending()
-        return transport
+        return ZmqTransport(rank, world_size, first, secret, own, join_timeout=join_timeout)
 
     launch.take_place(launch.Place(rank, world_size, has_terminal=True), join)
     module = importlib.import_module(f".{name}", __package__)
     status = module.app(args=words, prog_name=name, standalone_mode=False)
     if isinstance(status, int) and status:
         raise typer.Exit(status)
-
-
-def _ending() -> Callable[[str], None]:
-    """What ends this process if a rank is lost and it does not notice, as in an idle chat."""
-    import termios
-
-    from .pipeline.liveness import end_process
-
-    before = termios.tcgetattr(0) if os.isatty(0) else None
-
-    def end(loss: str) -> None:
-        if before is not None:
-            termios.tcsetattr(0, termios.TCSANOW, before)
-        end_process(f"{loss}; all ranks end.")
-
-    def on_loss(loss: str) -> None:
-        timer = threading.Timer(_END_SECONDS, end, [loss])
-        timer.daemon = True
-        timer.start()
-
-    return on_loss
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def random_prompt(length):
 
 @pytest.fixture
 def pair():
-    transports = zmq_ring(2, timeout=2.0)
+    transports = zmq_ring(2)
     yield transports
     close(transports)
 
@@ -122,16 +122,6 @@ def test_a_message_that_does_not_fit_is_an_error(pair):
     pair[1].send(numbers(11)).wait()
     with pytest.raises(PipelineError, match="sent 11 bytes, more than"):
         pair[0].receive(torch.zeros(10, dtype=torch.uint8)).wait()
-
-
-def test_an_idle_link_lives_longer_than_the_timeout():
-    ring = zmq_ring(2, timeout=0.5)
-    time.sleep(1.2)
-    buffer = torch.zeros(1, dtype=torch.uint8)
-    ring[0].send(numbers(1)).wait()
-    ring[1].receive(buffer).wait()
-    assert torch.equal(buffer, numbers(1))
-    close(ring)
 
 
 # ---- what goes wrong
@@ -235,12 +225,8 @@ def test_a_rank_that_is_there_already_is_told():
 def test_a_rank_that_is_gone_is_named():
     """By both neighbours, and by rank 0, which is one of them or not."""
     ring = zmq_ring(4)
-    losses = [threading.Event() for _ in ring]
-    for transport, event in zip(ring, losses, strict=True):
-        transport.watch.on_loss = lambda loss, event=event: event.set()
     kill(ring[2])
     for rank in (0, 1, 3):
-        assert losses[rank].wait(5)
         with pytest.raises(PipelineError, match=r"the link to rank 2( on \S+)? is gone"):
             ring[rank].receive(torch.zeros(1, dtype=torch.uint8)).wait()
     close(ring)

@@ -15,7 +15,7 @@ def new_key():
     return Key(*zmq.curve_keypair())
 
 
-def free_address(ports=4):
+def free_address(ports=8):
     """A loopback address with some free ports behind it, which the system gives nobody else."""
     while True:
         port = random.randrange(20_000, 32_000)

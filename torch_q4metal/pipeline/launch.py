@@ -231,17 +231,24 @@ def serve(
     return ended_well
 
 
-def watch_over(transport: Transport) -> Watch | None:
-    """This rank's watch over the others; None where the transport has its own."""
-    from .gloo import GlooTransport
+def watch_over(transport: Transport) -> Watch:
+    """This rank's watch over the others. Raises PipelineError."""
+    from .liveness import Channel, Liveness
 
-    if not isinstance(transport, GlooTransport):
-        return None
-    from .addresses import torchrun_address
-    from .liveness import Liveness
+    channel: Channel
+    if _taken is None:
+        from .addresses import torchrun_address
+        from .liveness_tcp import TcpChannel
 
-    agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-    return Liveness(torchrun_address(), agent=agent)
+        channel = TcpChannel(torchrun_address())
+    else:
+        from .liveness_zmq import ZmqChannel
+        from .zmq_transport import ZmqTransport
+
+        assert isinstance(transport, ZmqTransport), "what torch_q4metal.cluster joins"
+        channel = ZmqChannel(transport.key, transport.address)
+    agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ and _taken is None else None
+    return Liveness(channel, agent=agent)
 
 
 def _join(rank: int, watch: Watch | None) -> dict[str, Any]:

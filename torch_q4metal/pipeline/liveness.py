@@ -1,42 +1,45 @@
 """Whether the other ranks live: a thread of each rank, with connections of its own.
 
 Every rank watches its neighbours and rank 0, and rank 0 watches all. Each says a line a second on
-each connection, while it computes and while it is idle; a rank that says nothing for the timeout,
-or whose connection ends without a goodbye, is lost. Rank 0 hears what all others have seen, decides
-which rank it was, says so, and ends everybody.
+each connection, while it computes and while it is idle; a rank that says nothing for nearly the
+timeout, or whose connection ends without a goodbye, is lost. Rank 0 hears what all others have
+seen, decides which rank it was, says so, and ends everybody.
 
 The links that carry the model can't do this: a gloo receive that times out closes its pair for good
-and blocks signals. The thread needs Python's lock for a moment each second, and gets it while a
-chunk is computed: the operators release it (tests/pipeline/test_faults.py).
+and blocks signals, and libzmq answers no heartbeat on a connection that it reads no further. The
+thread needs Python's lock for a moment each second, and gets it while a chunk is computed: the
+operators release it (tests/long/test_pipeline_faults.py).
 
-A rank listens on the one address by which the others reach it, and only until they have come; who
-comes has to prove that it knows the run's secret, which travels with the other control messages.
+What carries the lines is a ``Channel``: liveness_tcp.py under torchrun, liveness_zmq.py else.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hmac
 import json
 import logging
 import os
 import secrets
-import selectors
 import socket
+import termios
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from ..errors import PipelineError
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT = 30.0  # seconds
-_LINE_BYTES = 4096  # a longer one is no line of ours
-_CONNECT_SECONDS = 10.0
+LINE_BYTES = 4096  # a longer one is no line of ours
+CONNECT_SECONDS = 10.0
+
+Event = tuple[int, dict[str, Any] | None]
+"""What a rank has said, {} when it has come, or None when its connection has ended."""
 
 
 class Evidence(IntEnum):
@@ -65,6 +68,47 @@ class Member:
     address: str
     port: int
 
+    def unreachable(self, reason: str) -> str:
+        """What to say if it does not answer."""
+        return (
+            f"rank {self.rank} on {self.host} at {self.address} port {self.port} cannot be reached "
+            f"from {socket.gethostname()} ({reason}); python -m torch_q4metal.doctor --cluster in "
+            "place of the chat looks for the cause."
+        )
+
+
+class Channel(Protocol):
+    """Carries lines between the threads. All but ``wake`` is the thread's, once it has started."""
+
+    @property
+    def address(self) -> str:
+        """Of this machine, for the ranks above."""
+
+    @property
+    def port(self) -> int:
+        """Where they connect; 0 if nobody does."""
+
+    def connect(self, rank: int, below: list[Member], above: set[int], secret: str) -> None:
+        """Connects to the watched ranks below, which wait for it, and takes up those above.
+
+        ``secret`` is the same on all ranks. Raises PipelineError if one cannot be reached.
+        """
+
+    def say(self, rank: int, words: dict[str, Any]) -> None:
+        """Sends a line, or nothing if the rank is gone or takes no more."""
+
+    def hear(self, seconds: float) -> list[Event]:
+        """What has come, in order; waits so long for something at most, or until ``wake``."""
+
+    def wake(self) -> None:
+        """For other threads: ``hear`` returns."""
+
+    def drop(self, rank: int) -> None:
+        """Closes the connection, of which nothing is heard any more."""
+
+    def close(self) -> None:
+        """Delivers what was said, and closes everything."""
+
 
 def watched_by(rank: int, world_size: int) -> list[int]:
     """The ranks that ``rank`` watches: all for rank 0, else rank 0 and the neighbours."""
@@ -75,38 +119,31 @@ def watched_by(rank: int, world_size: int) -> list[int]:
     ]
 
 
-def end_process(sentence: str | None) -> NoReturn:
-    """Ends this process at once with 1, whatever its threads do, after ``sentence`` on stderr."""
-    if sentence is not None:
-        # Past sys.stderr, whose lock another thread may hold. A terminal may have a hidden cursor.
-        begin = "\x1b[?25h\x1b[?2004l\r\n" if os.isatty(2) else ""
-        text = f"{begin}error: {sentence}\n"
-        os.write(2, text.encode(errors="replace"))
-    time.sleep(0.1)  # the end of a process may overtake what it has sent
-    os._exit(1)
+def ending() -> Callable[[str | None], NoReturn]:
+    """What ends this process at once with 1, whatever its threads do, after a sentence on stderr.
 
+    The terminal gets back the modes that it has now.
+    """
+    modes = termios.tcgetattr(0) if os.isatty(0) else None
 
-@dataclass(eq=False)
-class _Peer:
-    """One connection. ``rank`` is -1 until the other side has proved who it is."""
+    def end(sentence: str | None) -> NoReturn:
+        if modes is not None:
+            with contextlib.suppress(termios.error):
+                termios.tcsetattr(0, termios.TCSANOW, modes)
+        if sentence is not None:
+            # Past sys.stderr, whose lock another thread may hold. The cursor may be hidden.
+            begin = "\x1b[?25h\x1b[?2004l\r\n" if os.isatty(2) else ""
+            os.write(2, f"{begin}error: {sentence}\n".encode(errors="replace"))
+        time.sleep(0.1)  # the end of a process may overtake what it has sent
+        os._exit(1)
 
-    link: socket.socket
-    rank: int
-    heard: float
-    nonce: str = ""
-    unread: bytes = b""
-    sending: threading.Lock = field(default_factory=threading.Lock)
-
-    def say(self, **words: Any) -> None:
-        """Sends a line. One that does not fit into an empty buffer finds nobody who listens."""
-        with self.sending, contextlib.suppress(OSError):  # the receiving side tells
-            self.link.send(json.dumps(words).encode() + b"\n")
+    return end
 
 
 class Liveness:
     """This rank's watch over the others.
 
-    ``address``  of this machine, by which the other ranks reach it
+    ``channel``  between the ranks
     ``on_end``   called in the thread, with a sentence or None, when a rank was lost; it ends the
                  process, and another thread's work with it
     ``agent``    pid of the process that started this one and has to live on, or None
@@ -114,29 +151,27 @@ class Liveness:
 
     def __init__(
         self,
-        address: str,
-        on_end: Callable[[str | None], object] = end_process,
+        channel: Channel,
+        on_end: Callable[[str | None], object] | None = None,
         agent: int | None = None,
     ) -> None:
-        self._on_end, self._agent = on_end, agent
-        self._listener = socket.create_server((address, 0), family=_family(address))
-        self._listener.setblocking(False)
-        self._address = address
+        self._channel, self._on_end, self._agent = channel, on_end or ending(), agent
         self._members: list[Member] = []
-        self._peers: dict[int, _Peer] = {}
+        self._heard: dict[int, float] = {}  # rank that is there -> when it last said something
         self._awaited: set[int] = set()  # ranks that have yet to come
         self._signs: list[tuple[float, Sign]] = []
         self._reported = False
         self._told = False  # the ranks have been told through the ring what went wrong
+        self._pings: deque[tuple[int, int]] = deque()  # (rank, number) to be sent
         self._pongs: dict[int, threading.Event] = {}
         self._over = threading.Event()
+        self._is_closed = False
         self._thread: threading.Thread | None = None
-        self._selector = selectors.DefaultSelector()
 
     def member(self, rank: int, host: str) -> dict[str, Any]:
         """What the other ranks have to know to reach this one, for a control message."""
-        port = self._listener.getsockname()[1]
-        return {"rank": rank, "host": host, "address": self._address, "port": port}
+        channel = self._channel
+        return {"rank": rank, "host": host, "address": channel.address, "port": channel.port}
 
     def start(
         self, rank: int, members: list[Member], secret: str, timeout: float = DEFAULT_TIMEOUT
@@ -147,17 +182,14 @@ class Liveness:
         them cannot be reached.
         """
         self.rank, self._members = rank, members
-        self._secret, self._timeout = bytes.fromhex(secret), timeout
         self._beat_every = min(1.0, timeout / 8)
+        # A beat may be on its way, and silence is looked for between beats: within the timeout.
+        self._timeout, self._silence = timeout, timeout - 2 * self._beat_every
         watched = watched_by(rank, len(members))
-        for other in watched:
-            if other < rank:
-                self._add(_Peer(self._dial(members[other]), other, time.monotonic()))
         self._awaited = {other for other in watched if other > rank}
-        if self._awaited:
-            self._selector.register(self._listener, selectors.EVENT_READ)
-        else:
-            self._listener.close()
+        below = [members[other] for other in watched if other < rank]
+        self._channel.connect(rank, below, self._awaited, secret)
+        self._heard = dict.fromkeys((member.rank for member in below), time.monotonic())
         self._thread = threading.Thread(target=self._run, name="liveness", daemon=True)
         self._thread.start()
 
@@ -167,12 +199,15 @@ class Liveness:
         ``told``: not a good end, but rank 0 has heard the reason through the ring.
         """
         self._over.set()
+        if self._is_closed:
+            return
+        self._is_closed = True
         if self._thread is not None and self._thread is not threading.current_thread():
+            self._channel.wake()
             self._thread.join()
-        for peer in list(self._peers.values()):
-            peer.say(**({"told": True} if told else {"bye": True}))
-            peer.link.close()
-        self._listener.close()
+        for rank in self._heard:
+            self._channel.say(rank, {"told": True} if told else {"bye": True})
+        self._channel.close()
 
     def link_failed(self, rank: int, why: str) -> None:
         """A link to ``rank`` broke: waits for what is found out about it, which ends the process.
@@ -189,65 +224,11 @@ class Liveness:
         number = secrets.randbits(60)
         self._pongs[number] = event = threading.Event()
         begin = time.perf_counter()
-        self._peers[rank].say(ping=number)
+        self._pings.append((rank, number))
+        self._channel.wake()
         if not event.wait(timeout):
             raise PipelineError(f"rank {rank} has not answered within {timeout:g} s.")
         return time.perf_counter() - begin
-
-    # ---- connections
-
-    def _dial(self, member: Member) -> socket.socket:
-        place = f"rank {member.rank} on {member.host} at {member.address} port {member.port}"
-        try:
-            link = socket.create_connection((member.address, member.port), _CONNECT_SECONDS)
-            nonce = _read_line(link)["nonce"]
-        except (OSError, ValueError, KeyError) as error:
-            reason = getattr(error, "strerror", None) or str(error) or "no answer"
-            raise PipelineError(
-                f"{place} cannot be reached from {socket.gethostname()} ({reason}); "
-                "python -m torch_q4metal.doctor --cluster in place of the chat looks for the cause."
-            ) from error
-        link.sendall(json.dumps({"rank": self.rank, "proof": self._proof(nonce)}).encode() + b"\n")
-        link.setblocking(False)
-        return link
-
-    def _proof(self, nonce: str) -> str:
-        return hmac.digest(self._secret, nonce.encode(), "sha256").hex()
-
-    def _accept(self) -> None:
-        try:
-            link, _ = self._listener.accept()
-        except OSError:
-            return
-        link.setblocking(False)
-        peer = _Peer(link, -1, time.monotonic(), nonce=secrets.token_hex(16))
-        self._selector.register(link, selectors.EVENT_READ, peer)
-        peer.say(nonce=peer.nonce)
-
-    def _introduce(self, peer: _Peer, words: dict[str, Any]) -> None:
-        """Takes up who has come, if it is one of the ranks that are awaited."""
-        rank, proof = words.get("rank"), str(words.get("proof"))
-        if rank not in self._awaited or not hmac.compare_digest(proof, self._proof(peer.nonce)):
-            logger.warning("refused a connection to rank %d that knows no secret", self.rank)
-            self._drop(peer)
-            return
-        peer.rank = rank
-        self._add(peer)
-        self._awaited.discard(rank)
-        if not self._awaited:
-            self._selector.unregister(self._listener)
-            self._listener.close()
-
-    def _add(self, peer: _Peer) -> None:
-        peer.link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._peers[peer.rank] = peer
-        if peer.link not in self._selector.get_map():
-            self._selector.register(peer.link, selectors.EVENT_READ, peer)
-
-    def _drop(self, peer: _Peer) -> None:
-        self._peers.pop(peer.rank, None)
-        self._selector.unregister(peer.link)
-        peer.link.close()
 
     # ---- the thread
 
@@ -255,30 +236,31 @@ class Liveness:
         begin = previous = time.monotonic()
         next_beat = begin
         while not self._over.is_set():
-            ready = self._selector.select(max(0.0, min(0.1, next_beat - time.monotonic())))
-            for key, _ in ready:
-                self._accept() if key.data is None else self._read(key.data)
+            for rank, words in self._channel.hear(max(0, min(0.1, next_beat - time.monotonic()))):
+                self._hear(rank, words)
+            while self._pings:
+                rank, number = self._pings.popleft()
+                self._channel.say(rank, {"ping": number})
             now = time.monotonic()
-            if now - previous > self._timeout / 2:  # this process stood still, not the others
-                for peer in self._peers.values():
-                    peer.heard = now
+            if now - previous > self._silence / 2:  # this process stood still, not the others
+                self._heard = dict.fromkeys(self._heard, now)
             previous = now
             if now >= next_beat:
                 next_beat = now + self._beat_every
-                for peer in list(self._peers.values()):
-                    peer.say(beat=True)
+                for rank in self._heard:
+                    self._channel.say(rank, {"beat": True})
                 self._look_for_silence(now, begin)
                 self._look_for_agent()
             if self._signs:
                 self._judge(now)
 
     def _look_for_silence(self, now: float, begin: float) -> None:
-        for peer in list(self._peers.values()):
-            if now - peer.heard > self._timeout:
-                self._lose(peer, f"has not answered for {self._timeout:g} s")
-        if now - begin > self._timeout:
+        for rank, heard in list(self._heard.items()):
+            if now - heard > self._silence:
+                self._lose(rank, f"has not answered for {self._silence:g} s")
+        if now - begin > self._silence:
             for rank in sorted(self._awaited):
-                why = f"has not come within {self._timeout:g} s"
+                why = f"has not come within {self._silence:g} s"
                 self._signs.append((now, Sign(Evidence.SEEN, rank, why)))
             self._awaited.clear()
 
@@ -286,47 +268,35 @@ class Liveness:
         if self._agent is not None and os.getppid() != self._agent:
             self._end(f"what started rank {self.rank} on {socket.gethostname()} has ended.")
 
-    def _lose(self, peer: _Peer, why: str) -> None:
-        self._signs.append((time.monotonic(), Sign(Evidence.SEEN, peer.rank, why)))
-        self._drop(peer)
+    def _lose(self, rank: int, why: str) -> None:
+        self._signs.append((time.monotonic(), Sign(Evidence.SEEN, rank, why)))
+        self._leave(rank)
 
-    def _read(self, peer: _Peer) -> None:
-        try:
-            data = peer.link.recv(_LINE_BYTES)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data and peer.rank < 0:
-            self._drop(peer)
-        elif not data:
-            self._lose(peer, "has ended, or its connection was cut")
-        else:
-            peer.heard = time.monotonic()
-            *lines, peer.unread = (peer.unread + data).split(b"\n")
-            for line in lines:
-                self._hear(peer, _parse(line))
-            if len(peer.unread) > _LINE_BYTES:
-                self._drop(peer)
+    def _leave(self, rank: int) -> None:
+        self._heard.pop(rank, None)
+        self._channel.drop(rank)
 
-    def _hear(self, peer: _Peer, words: dict[str, Any]) -> None:
-        if peer.link.fileno() < 0:  # a line before has ended it
+    def _hear(self, rank: int, words: dict[str, Any] | None) -> None:
+        if rank in self._awaited:
+            self._awaited.discard(rank)
+            self._heard[rank] = time.monotonic()
+        if rank not in self._heard:  # something before has ended it
             return
-        if peer.rank < 0:
-            self._introduce(peer, words)
+        self._heard[rank] = time.monotonic()
+        if words is None:
+            self._lose(rank, "has ended, or its connection was cut")
         elif "bye" in words:
-            self._drop(peer)
+            self._leave(rank)
         elif "ping" in words:
-            peer.say(pong=words["ping"])
+            self._channel.say(rank, {"pong": words["ping"]})
         elif "pong" in words:
             self._pongs.pop(words["pong"], threading.Event()).set()
         elif "told" in words:
             self._told = True
-            self._lose(peer, "has failed")
+            self._lose(rank, "has failed")
         elif "lost" in words:
-            evidence = Evidence(words["evidence"])
-            sign = Sign(max(evidence, Evidence.REPORTED), words["lost"], words["why"])
-            self._signs.append((time.monotonic(), sign))
+            evidence = max(Evidence(words["evidence"]), Evidence.REPORTED)
+            self._signs.append((time.monotonic(), Sign(evidence, words["lost"], words["why"])))
         elif "end" in words:
             logger.debug("rank 0 says: %s", words["end"])
             self._end(None)
@@ -335,18 +305,21 @@ class Liveness:
         """Ends this rank, once others had the time to say what they have seen."""
         since = self._signs[0][0]
         sign = min((sign for _, sign in self._signs), key=lambda sign: sign.evidence)
-        host = self._members[sign.rank].host
-        sentence = f"rank {sign.rank} on {host} {sign.why}; all ranks end."
+        sentence = f"rank {sign.rank} on {self._members[sign.rank].host} {sign.why}; all ranks end."
         if self.rank == 0:
             if now - since >= self._patience(sign):
-                for peer in list(self._peers.values()):
-                    peer.say(end=sentence)
+                for rank in self._heard:
+                    self._channel.say(rank, {"end": sentence})
                 self._end(None if self._told else sentence)
-        elif 0 not in self._peers:
+        elif 0 not in self._heard:
             self._end(None if self._told else sentence)
         elif not self._reported:
             self._reported = True
-            self._peers[0].say(lost=sign.rank, why=sign.why, evidence=sign.evidence)
+            why = sign.why
+            if sign.evidence is Evidence.SEEN:
+                why += f", as seen from rank {self.rank} on {self._members[self.rank].host}"
+            report = {"lost": sign.rank, "why": why, "evidence": sign.evidence}
+            self._channel.say(0, report)
         elif now - since > 5:
             self._end(None)
 
@@ -363,25 +336,38 @@ class Liveness:
         self._over.set()
 
 
-def _family(address: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in address else socket.AF_INET
+class Waker:
+    """A file descriptor that is readable between ``wake`` and ``clear``."""
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._read, False)
+        os.set_blocking(self._write, False)
+
+    def fileno(self) -> int:
+        return self._read
+
+    def wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # it is readable already
+            os.write(self._write, b"!")
+
+    def clear(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._read, LINE_BYTES)
+
+    def close(self) -> None:
+        os.close(self._read)
+        os.close(self._write)
 
 
-def _parse(line: bytes) -> dict[str, Any]:
+def line_of(words: dict[str, Any]) -> bytes:
+    return json.dumps(words).encode() + b"\n"
+
+
+def words_of(line: bytes) -> dict[str, Any]:
     """What a line says; nothing if it is none of ours."""
     try:
         words = json.loads(line)
     except ValueError:
         return {}
     return words if isinstance(words, dict) else {}
-
-
-def _read_line(link: socket.socket) -> dict[str, Any]:
-    """The first line from a connection. Raises OSError or ValueError."""
-    data = b""
-    while not data.endswith(b"\n"):
-        piece = link.recv(_LINE_BYTES - len(data))
-        if not piece:
-            raise ValueError("it hung up")
-        data += piece
-    return _parse(data)

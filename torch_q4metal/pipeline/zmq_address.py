@@ -62,7 +62,7 @@ def listen_first(listening: Socket, address: Address, bind: str | None) -> Addre
 def listen_later(listening: Socket, rank: int, first: Address, bind: str | None) -> Address:
     """Other ranks: listens on ``bind``, or on loopback if rank 0 does.
 
-    The port is rank 0's plus the rank, for firewalls, and any other if that is taken.
+    The port is rank 0's plus twice the rank, for firewalls, and any other if that is taken.
     Returns where it listens. Raises PipelineError if it cannot.
     """
     number = _resolve(bind or first.host)
@@ -72,9 +72,20 @@ def listen_later(listening: Socket, rank: int, first: Address, bind: str | None)
             "--interface NAME, or this machine's address with --bind ADDRESS."
         )
     try:
-        return _listen(listening, number, first.port + rank)
+        return _listen(listening, number, first.port + 2 * rank)
     except PipelineError:
         return _listen(listening, number, None)
+
+
+def listen_beside(listening: Socket, address: Address) -> Address:
+    """Listens at the port behind one where this rank listens already, or any other if it is taken.
+
+    Returns where it listens. Raises PipelineError if it cannot.
+    """
+    try:
+        return _listen(listening, address.host, address.port + 1)
+    except PipelineError:
+        return _listen(listening, address.host, None)
 
 
 def _listen(listening: Socket, number: str, port: int | None) -> Address:

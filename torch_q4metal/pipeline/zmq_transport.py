@@ -6,14 +6,12 @@ torch store, and nothing that is received is unpickled.
 Rank 0 listens on the one address that all others are given. Each rank connects to it, says who it
 is and where it listens itself, and hears from it where the rank before it listens:
 
-    every rank r > 0   -> rank 0      joining; afterwards only libzmq's heartbeats
+    every rank r > 0   -> rank 0      joining; afterwards its end says that a rank has gone
     every rank r > 0   -> rank r - 1  carries the messages from r - 1 to r
     the last rank      -> rank 0      carries the messages from the last rank to rank 0
 
-So the last rank listens nowhere, and of two machines only rank 0's needs an open port. Heartbeats
-have a connection of their own because libzmq answers none on one that it reads no further, and it
-stops reading where a receiver is behind by ``_AHEAD`` messages; its own thread sends and awaits
-them, whatever the rank computes.
+So the last rank listens nowhere, and of two machines only rank 0's needs open ports: this one, and
+the next one for liveness_zmq.py.
 """
 
 from __future__ import annotations
@@ -48,7 +46,7 @@ Socket = zmq.Socket[bytes]
 
 
 class ZmqTransport:
-    """A ``Transport``. ``hosts`` has the host name of each rank that this one knows of."""
+    """A ``Transport``. ``key``: the cluster's. ``address``: where this rank listens, or None."""
 
     def __init__(
         self,
@@ -58,21 +56,20 @@ class ZmqTransport:
         key: Key,
         bind: str | None = None,
         *,
-        timeout: float = 30.0,
         join_timeout: float = 300.0,
     ) -> None:
         """Joins the ring, and returns when it is closed.
 
         first         where rank 0 listens
         bind          this machine's address or interface to listen on, where it must be named
-        timeout       seconds after which a rank that gives no sign of life is gone
         join_timeout  seconds to wait for the others
 
         Raises PipelineError if it cannot be.
         """
         self.rank, self.world_size = rank, world_size
         self._deadline = time.monotonic() + join_timeout
-        self._key, self._timeout = key, timeout
+        self.key = key
+        self.address: Address | None = None
         self._context = zmq.Context()
         self.watch = Watch(self._context, key.public)
         self._sockets: list[Socket] = []
@@ -108,11 +105,7 @@ class ZmqTransport:
         return incoming
 
     def close(self) -> None:
-        """As ``Transport.close``. All let rank 0 go first.
-
-        So that at a good end nobody seems to be lost, and when a rank is lost, rank 0 sees that
-        before it sees that rank's neighbours go.
-        """
+        """As ``Transport.close``. All let rank 0 go first, so that nobody seems to be lost."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -183,12 +176,12 @@ class ZmqTransport:
         """Rank 0: waits until all have said who they are, and tells each where to connect."""
         server, names = self._server()
         self.watch.start()
-        where = listen_first(server, first, bind)
+        self.address = listen_first(server, first, bind)
         absent = set(range(1, self.world_size))
         waiting: dict[int, tuple[bytes, str, str]] = {}
         while absent:
             ranks = ", ".join(map(str, sorted(absent)))
-            logger.info("rank 0 listens on %s and waits for rank %s", where, ranks)
+            logger.info("rank 0 listens on %s and waits for rank %s", self.address, ranks)
             peer, hello, descriptor = self._hear(server, f"rank {ranks}")
             problem = self._problem(hello, absent)
             if problem:
@@ -219,16 +212,17 @@ class ZmqTransport:
         refusal = (
             f"{rank_0} does not take this rank's key; copy the key file of rank 0 to this machine"
         )
-        star = self._client(rank_0, refusal, heartbeat=True)
+        star = self._client(rank_0, refusal, is_star=True)
         before = self._client(f"rank {self.rank - 1}", refusal)
         last = self._client(rank_0, refusal) if is_last else None
         server, names = (None, {}) if is_last else self._server()
         self.watch.start()
-        listens = ""
         if server is not None:
-            listens = str(listen_later(server, self.rank, first, bind))
+            self.address = listen_later(server, self.rank, first, bind)
         connect(star, first)
-        hello = {"join": self.rank, "world_size": self.world_size, "listens": listens}
+        hello = {
+            "join": self.rank, "world_size": self.world_size, "listens": str(self.address or "")
+        }  # fmt: skip
         star.send(_packed(hello | {"host": socket.gethostname()}))
         logger.info("rank %d waits for rank 0 at %s", self.rank, first)
         _, told, _ = self._hear(star, rank_0)
@@ -279,7 +273,7 @@ class ZmqTransport:
 
     def _socket(self, kind: int) -> Socket:
         made = self._context.socket(kind)
-        made.curve_publickey, made.curve_secretkey = self._key.public, self._key.secret
+        made.curve_publickey, made.curve_secretkey = self.key.public, self.key.secret
         made.sndhwm = made.rcvhwm = _AHEAD
         made.maxmsgsize = _LARGEST
         self._sockets.append(made)
@@ -293,16 +287,11 @@ class ZmqTransport:
         made.router_mandatory = True  # an error for a peer that is gone
         return made, self.watch.add_server(made)
 
-    def _client(self, name: str, refusal: str, heartbeat: bool = False) -> Socket:
+    def _client(self, name: str, refusal: str, is_star: bool = False) -> Socket:
         """A socket that will connect to one other rank."""
         made = self._socket(zmq.DEALER)
-        made.curve_serverkey = self._key.public
-        if heartbeat:  # a beat and the wait for its answer fit into the timeout, on either side
-            # Often: rank 0 hears with the first beat after how long a silence this rank is gone.
-            made.heartbeat_ivl = int(min(1.0, self._timeout * 0.2) * 1000)
-            made.heartbeat_timeout = int(self._timeout * 700)
-            made.heartbeat_ttl = int(self._timeout * 900)
-        self.watch.add_client(made, name, refusal, is_star=heartbeat)
+        made.curve_serverkey = self.key.public
+        self.watch.add_client(made, name, refusal, is_star)
         return made
 
 

@@ -1,7 +1,7 @@
-"""The thread beside a ``ZmqTransport``: who may connect, and which link is gone.
+"""The thread beside a ``ZmqTransport``: who may connect, and which link has been closed.
 
-It needs no GIL-free moment of the thread that computes and none of its sockets, so that it works
-while a rank computes and while nobody types.
+It uses none of the sockets of the thread that computes. Which rank is to blame for a link that is
+gone, and ranks that fall silent, are liveness.py's business.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable
 
 import zmq
 from zmq.utils import z85
@@ -37,25 +36,21 @@ _FAILED = {
 class Watch:
     """Admits one key, and hears what becomes of connections.
 
-    ``loss``     the first link that is gone, in words; None while all are well
-    ``alarm``    a socket for the thread that computes: readable once there is a ``loss``
-    ``on_loss``  called with the ``loss``, in this thread
-    ``rank_0_left``  set when the star's link is gone, be it the first or not
+    ``loss``   the first link that is gone, in words; None while all are well
+    ``alarm``  a socket for the thread that computes: readable once there is a ``loss``
+    ``rank_0_left``  set when the connection over which this rank has joined is gone
     """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], public_key: bytes) -> None:
         self.loss: str | None = None
-        self.on_loss: Callable[[str], None] = lambda loss: None
         self.rank_0_left = threading.Event()
-        self._public_key = z85.decode(public_key)
-        self._answers = context.socket(zmq.REP)
-        self._answers.bind("inproc://zeromq.zap.01")  # where libzmq asks (RFC 27)
+        self._keys = KeyCheck(context, public_key)
+        self._star: zmq.Socket[bytes] | None = None
         self._inner = context.socket(zmq.PAIR)
         self._inner.bind("inproc://alarm")
         self.alarm = context.socket(zmq.PAIR)
         self.alarm.connect("inproc://alarm")
         self._monitors: dict[zmq.Socket[bytes], _Server | _Client] = {}
-        self._star: zmq.Socket[bytes] | None = None
         self._thread = threading.Thread(target=self._run, name="links", daemon=True)
 
     def add_client(
@@ -90,38 +85,50 @@ class Watch:
 
     def _run(self) -> None:
         poller = zmq.Poller()
-        for polled in (self._inner, self._answers, *self._monitors):
+        for polled in (self._inner, self._keys.questions, *self._monitors):
             poller.register(polled, zmq.POLLIN)
         try:
             while True:
                 for ready, _ in poller.poll():
                     if ready is self._inner:
                         return
-                    if ready is self._answers:
-                        self._admit()
+                    if ready is self._keys.questions:
+                        self._keys.answer()
                     elif loss := self._monitors[ready].hear(ready):
                         self._report(loss)
                         if ready is self._star:
                             self.rank_0_left.set()
         finally:
-            for polled in (self._inner, self._answers, *self._monitors):
+            self._keys.close()
+            for polled in (self._inner, *self._monitors):
                 polled.close(0)
-
-    def _admit(self) -> None:
-        """Answers one question of libzmq about a key."""
-        version, request, _, address, _, mechanism, *credentials = self._answers.recv_multipart()
-        is_known = mechanism == b"CURVE" and credentials == [self._public_key]
-        if not is_known:
-            key = z85.encode(credentials[0]).decode() if credentials else "none"
-            logger.warning("refused a connection from %s: unknown key %s", address.decode(), key)
-        answer = [b"200", b"OK"] if is_known else [b"400", b"unknown key"]
-        self._answers.send_multipart([version, request, *answer, b"", b""])
 
     def _report(self, loss: str) -> None:
         if self.loss is None:
             self.loss = loss
             self._inner.send(b"")
-            self.on_loss(loss)
+
+
+class KeyCheck:
+    """Answers libzmq's questions whether a key may connect: one may. ``questions``: to be polled"""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], public_key: bytes) -> None:
+        self._public_key = z85.decode(public_key)
+        self.questions = context.socket(zmq.REP)
+        self.questions.bind("inproc://zeromq.zap.01")  # where libzmq asks (RFC 27)
+
+    def answer(self) -> None:
+        """Answers one that has come."""
+        version, request, _, address, _, mechanism, *credentials = self.questions.recv_multipart()
+        is_known = mechanism == b"CURVE" and credentials == [self._public_key]
+        if not is_known:
+            key = z85.encode(credentials[0]).decode() if credentials else "none"
+            logger.warning("refused a connection from %s: unknown key %s", address.decode(), key)
+        answer = [b"200", b"OK"] if is_known else [b"400", b"unknown key"]
+        self.questions.send_multipart([version, request, *answer, b"", b""])
+
+    def close(self) -> None:
+        self.questions.close(0)
 
 
 class _Client:

@@ -1,7 +1,7 @@
 """Says what a bug report needs: versions, device, kernels, threads, caches, environment.
 
-``python -m torch_q4metal.doctor`` also runs a small known-answer test of the kernels in use, and
-ends with exit code 1 if it fails.
+``python -m torch_q4metal.doctor`` also runs known-answer tests of all kernels of the devices that
+are there, a line each, and ends with exit code 1 if one fails.
 """
 
 import importlib.metadata
@@ -10,12 +10,15 @@ import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .cli import run
 from .errors import Q4MetalError
+
+if TYPE_CHECKING:
+    from .device_check import Row
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -59,38 +62,29 @@ def device() -> Iterator[tuple[str, str]]:
     yield "threads", str(torch.get_num_threads())
     yield "memory available", "unknown" if available is None else f"{available / 1e9:.1f} GB"
     yield "kernels", f"{ops.cpu_kernels()} ({'forced' if CPU.get() else 'best for this CPU'})"
-    yield "mps", "there, but the Metal backend is not built yet" if _has_mps() else "not there"
+    yield "mps", _mps()
 
 
-def _has_mps() -> bool:
+def _mps() -> str:
+    from .device import resolve_device
+    from .self_check import place
+
+    try:
+        resolve_device("mps")
+    except Q4MetalError as error:
+        return str(error)
+    return place()
+
+
+def kernel_checks() -> "Iterator[Row]":
+    """Known-answer tests: of the CPU's kernels in use, and of the Metal kernels where MPS is."""
     import torch
 
-    return torch.backends.mps.is_available()
+    from .device_check import check_cpu, check_mps
 
-
-def kernel_check() -> Iterator[tuple[str, str]]:
-    """Compares every format's kernels with float64. Raises Q4MetalError if one is off."""
-    import torch
-
-    from . import ops, reference
-
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(9, 384, generator=generator)
-    w = torch.randn(24, 384, generator=generator)
-    for bits in reference.BITS:
-        for group_size in reference.GROUP_SIZES:
-            packed = reference.quantize(w, group_size, bits)
-            expected = reference.matmul(x, *packed, None, True, group_size, bits)
-            for rows, bound in ((1, 1e-4), (9, 5e-3)):  # matvec and GEMM
-                result = ops.matmul(x[:rows], *packed, None, True, group_size, bits)
-                error = (result - expected[:rows]).abs().max() / expected.abs().max()
-                if not error < bound:
-                    raise Q4MetalError(
-                        f"the {ops.cpu_kernels()} kernels are wrong for bits={bits}, "
-                        f"group_size={group_size}, {rows} rows (relative error {error:.1e}) on "
-                        "this CPU; set Q4METAL_CPU=ref and report it with this output"
-                    )
-    yield "self-check", f"{ops.cpu_kernels()} kernels agree with float64 in all formats"
+    yield from check_cpu()
+    if torch.backends.mps.is_available():
+        yield from check_mps()
 
 
 def caches() -> Iterator[tuple[str, str]]:
@@ -131,11 +125,21 @@ def main(debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")]
         ("device", device()),
         ("caches", caches()),
         ("environment", environment()),
-        ("check", kernel_check()),
     ):
         print(title)
         for name, value in rows:
             print(f"  {name:<20} {value}")
+    print("check")
+    failed = []
+    for row in kernel_checks():
+        print(f"  {'ok' if row.ok else 'WRONG':<6} {row.name:<48} {row.text}", flush=True)
+        if not row.ok:
+            failed.append(row.name)
+    if failed:
+        raise Q4MetalError(
+            f"{len(failed)} known-answer tests failed ({failed[0]}); report it with this output, "
+            "and meanwhile use Q4METAL_CPU=ref, or device='cpu' where it was Metal."
+        )
 
 
 if __name__ == "__main__":

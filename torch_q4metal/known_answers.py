@@ -30,8 +30,13 @@ class Answer:
         """Relative rms error; of token ids, the share that is wrong."""
         if not result.is_floating_point():
             return float((result != self.expected).double().mean())
-        expected = self.expected.double()
-        return float((result.double() - expected).norm() / expected.norm())
+        return relative_error(result, self.expected)
+
+
+def relative_error(result: Tensor, expected: Tensor) -> float:
+    """Root mean square of the difference over that of what was expected."""
+    expected = expected.double()
+    return float((result.double() - expected).norm() / expected.norm())
 
 
 @dataclass(frozen=True)

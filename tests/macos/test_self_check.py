@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from torch_q4metal import decode, self_check
+from torch_q4metal import decode, device_check, self_check
 from torch_q4metal.model_formats import Format, LayerFormats, ModelFormats
 from torch_q4metal.models import load_model
 from torch_q4metal.self_check import SelfCheckError, check, check_model
@@ -118,3 +118,21 @@ def test_a_kernel_that_does_not_compile_is_named(standin):
         SelfCheckError, match=r"kernel q4_matvec_bf16_f16_b2_g128.* 'bfloat' \(.*macOS"
     ):
         check(formats(Format(2, 128, F16), layers=()), 1, "mps")
+
+
+def test_doctor_has_a_row_for_each_operator_and_format(standin):
+    rows = list(device_check.check_mps([Format(4, 64, BF16), Format(0, 0, F16)]))
+    assert [row.name for row in rows if not row.ok] == []
+    names = [row.name for row in rows]
+    assert {"mps matvec", "mps matmul, transpose=False", "mps quantize"} <= set(names)
+    assert names[-2:] == [
+        "mps plan, 4 bits, group size 64, bfloat16, 1 row", "mps plan, dense float16, 2 rows",
+    ]  # fmt: skip
+
+
+def test_doctor_goes_on_after_a_wrong_kernel(standin):
+    standin.slip = ("(1.0f + exp(-g)) * u", "(1.0f + exp(g)) * u")
+    wrong, right = device_check.check_metal_plans([Format(5, 128, F16), Format(0, 0, F16)])
+    assert not wrong.ok
+    assert wrong.text.startswith("the Metal kernel plan_gate_up_b5_g128_f16")
+    assert right.ok

@@ -19,7 +19,7 @@ from .pipeline import launch
 if TYPE_CHECKING:
     from .pipeline.transport import Transport
 
-APPS = ("chat", "bench")
+APPS = ("chat", "bench", "doctor")
 
 app = typer.Typer(rich_markup_mode="rich", no_args_is_help=True, help=__doc__)
 
@@ -42,7 +42,7 @@ def keygen(
 def run(
     command: Annotated[
         list[str],
-        typer.Argument(help="After --: chat or bench, with the options of that app."),
+        typer.Argument(help="After --: chat, bench or doctor, with its own options."),
     ],
     rank: Annotated[int, typer.Option(min=0, help="This process, 0 to world-size - 1.")],
     world_size: Annotated[int, typer.Option(min=2, help="How many processes there are.")],
@@ -62,7 +62,8 @@ def run(
     name, *words = command
     if name not in APPS:
         raise typer.BadParameter(
-            f"it starts with {' or '.join(APPS)}, not {name}.", param_hint="COMMAND"
+            f"it starts with {', '.join(APPS[:-1])} or {APPS[-1]}, not {name}.",
+            param_hint="COMMAND",
         )
     if rank >= world_size:
         raise typer.BadParameter(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli import run
+from .cli import EXIT_ERROR, run
 from .errors import Q4MetalError
 
 if TYPE_CHECKING:
@@ -118,8 +118,34 @@ def environment() -> Iterator[tuple[str, str]]:
 
 
 @app.command()
-def main(debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False) -> None:
+def main(
+    cluster: Annotated[
+        bool,
+        typer.Option("--cluster", help="measure all ranks of torchrun or torch_q4metal.cluster"),
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="with --cluster: whose layers are given out, on rank 0")
+    ] = None,
+    connect: Annotated[
+        str | None,
+        typer.Option(help="with --cluster, alone: HOST:PORT of rank 0, looked at from here"),
+    ] = None,
+    interface: Annotated[
+        str | None, typer.Option(help="under torchrun, the network that other machines are on")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="with --cluster: CPU threads")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="with --cluster: as JSON")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
+) -> None:
     """Prints versions, device, kernels, threads, caches and environment, and checks the kernels."""
+    from .pipeline.launch import own_place
+
+    place = own_place()
+    if cluster:
+        _examine_cluster(model, connect, interface, threads, as_json, debug)
+        return
+    if place is not None:
+        raise typer.BadParameter("several ranks need --cluster.", param_hint="doctor")
     for title, rows in (
         ("versions", versions()),
         ("device", device()),
@@ -140,6 +166,46 @@ def main(debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")]
             f"{len(failed)} known-answer tests failed ({failed[0]}); report it with this output, "
             "and meanwhile use Q4METAL_CPU=ref, or device='cpu' where it was Metal."
         )
+
+
+def _examine_cluster(
+    model: str | None,
+    connect: str | None,
+    interface: str | None,
+    threads: int | None,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    import functools
+
+    from .pipeline import launch
+    from .terminal import show_log
+
+    place = launch.own_place()
+    if place is None and connect is None:
+        raise typer.BadParameter(
+            "start it on every machine, with torchrun or torch_q4metal.cluster, as you would the "
+            "chat; or give --connect HOST:PORT to look at the way to rank 0 from here.",
+            param_hint="--cluster",
+        )
+    if place is not None and connect is not None:
+        raise typer.BadParameter("it is for this machine alone.", param_hint="--connect")
+    show_log(quiet=place is not None and place.rank > 0 and not place.has_terminal, debug=debug)
+    launch.use_interface(interface)
+    from . import cluster_doctor
+
+    if connect is not None:
+        cluster_doctor.look_toward(connect)
+        return
+    launch.set_threads(threads)
+    assert place is not None
+    if place.rank == 0:
+        from .hub import resolve_model
+
+        source = None if model is None else functools.partial(resolve_model, model)
+        cluster_doctor.examine(source, as_json)
+    elif not cluster_doctor.answer():
+        raise typer.Exit(EXIT_ERROR)
 
 
 if __name__ == "__main__":

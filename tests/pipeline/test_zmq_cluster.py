@@ -63,7 +63,7 @@ def test_keys_that_are_none(tmp_path):
         (["--rank", "2"], "ranks of 2 are 0 to 1"),
         (["--bind", "127.0.0.1", "--interface", "lo"], "--bind names an address already"),
         (["--connect", "here"], "--connect is HOST:PORT, like 192.168.1.10:29400, not 'here'"),
-        (["--", "convert"], "it starts with chat or bench, not convert"),
+        (["--", "convert"], "it starts with chat, bench or doctor, not convert"),
     ],
 )
 def test_command_lines_that_cannot_be(tmp_path, words, text):

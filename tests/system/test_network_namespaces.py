@@ -62,30 +62,33 @@ def expected(model):
     return json.loads(done.stdout)["text"]
 
 
-def command(start, hosts, host, key):
-    """What is typed on one host, up to the app's name."""
+def command(start, hosts, host, key, app="chat"):
+    """What is typed on one host, up to the app's options."""
     first = hosts[0].address
     if start == "torchrun":
         return [
             sys.executable, "-m", "torch.distributed.run", "--nnodes", len(hosts), "--node-rank",
             host.number, "--nproc-per-node", 1, "--master-addr", first, "--master-port", 29400,
-            "-m", "torch_q4metal.chat",
+            "-m", f"torch_q4metal.{app}",
         ]  # fmt: skip
     return [
         sys.executable, "-m", "torch_q4metal.cluster", "run", "--rank", host.number,
         "--world-size", len(hosts), "--connect", f"{first}:29400", "--key", key,
-        "--interface", "eth0", "--", "chat",
+        "--interface", "eth0", "--", app,
     ]  # fmt: skip
+
+
+def keygen(folder):
+    words = [sys.executable, "-m", "torch_q4metal.cluster", "keygen", folder / "cluster.key"]
+    subprocess.run(words, check=True, capture_output=True)
+    return words[-1]
 
 
 @pytest.mark.parametrize(("start", "count", "delay", "streamed"), CASES)
 def test_hosts_write_what_one_process_writes(
     tmp_path, model, expected, start, count, delay, streamed, record_property
 ):
-    key = tmp_path / "cluster.key"
-    if start == "cluster":
-        keygen = [sys.executable, "-m", "torch_q4metal.cluster", "keygen", key]
-        subprocess.run(keygen, check=True, capture_output=True)
+    key = keygen(tmp_path)
     with network(tmp_path, count, delay) as hosts:
         begin = time.monotonic()
         processes = []
@@ -103,6 +106,26 @@ def test_hosts_write_what_one_process_writes(
             for host in hosts[1:]:
                 pieces = list((host.folder / "cache/streamed").glob("[0-9a-f]" * 64))
                 assert len(pieces) >= 6 // count
+
+
+@pytest.mark.parametrize("start", ["torchrun", "cluster"])
+def test_the_doctor_measures_the_links(tmp_path, start, record_property):
+    """Near what they are: 20 ms each way and 100 Mbit/s, which Python relays."""
+    key = keygen(tmp_path)
+    with network(tmp_path, 2, 0.020) as hosts:
+        processes = [
+            host.start(*command(start, hosts, host, key, "doctor"), "--cluster", "--json")
+            for host in hosts
+        ]
+        outputs = [process.communicate(timeout=120) for process in processes]
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, errors
+    assert outputs[1][0] == ""
+    links = json.loads(outputs[0][0])["links"]
+    record_property("links", links)
+    for link in links:
+        assert 0.040 <= link["round_trip_s"] < 0.2
+        assert 10e6 < 8 * link["bytes_s"] < 110e6
 
 
 @pytest.mark.parametrize("delay", [0.001, 0.020])

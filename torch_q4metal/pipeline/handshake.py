@@ -136,6 +136,19 @@ def require_equal(infos: list[RankInfo]) -> None:
                 )
 
 
+def plan_split(checkpoint: Checkpoint, settings: Settings, infos: list[RankInfo]) -> list[range]:
+    """The layers of each rank of a model; all of its headers are here. As ``choose_split``."""
+    from ..memory import kv_bytes_per_token
+    from ..models.loading import read_family, resolve_context, resolve_precision
+
+    _, config = read_family(checkpoint)
+    context = resolve_context(config, settings.max_kv_size)
+    exact = resolve_precision(settings.torch_dtype, settings.precision) == "exact"
+    kv_dtype = torch.float32 if exact else checkpoint.scales_dtype
+    kv_bytes = context * kv_bytes_per_token(config, kv_dtype, layers=1)
+    return choose_split(settings, infos, checkpoint, config, kv_bytes)
+
+
 def choose_split(
     settings: Settings,
     infos: list[RankInfo],

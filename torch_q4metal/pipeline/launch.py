@@ -21,7 +21,7 @@ from ..errors import PipelineError, Q4MetalError
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
     from ..models.base import CausalLM
-    from .handshake import RankInfo, Settings
+    from .handshake import Settings
     from .transport import Transport
     from .watched import Watch
 
@@ -107,6 +107,37 @@ def join() -> Transport:
     return GlooTransport()
 
 
+def call_roll(
+    transport: Transport, watch: Watch | None, timeout: float
+) -> tuple[Transport, dict[str, Any]]:
+    """Rank 0: hears who is there, and watches over them, as they will with the next message.
+
+    Returns the transport to use from here on, and what the next message has to say besides.
+    Raises PipelineError, and ends the others, if a rank has another version of this package.
+    """
+    from .handshake import RankInfo, ask_round, require_equal
+
+    members = ask_round(transport, {"join": [_join(transport.rank, watch)]})["join"]
+    roll = {"members": members, "secret": secrets.token_hex(16), "timeout": timeout}
+    if watch is not None:
+        transport = _watched(transport, watch, roll)
+    try:
+        require_equal([RankInfo(**_facts(member)) for member in members])
+    except PipelineError as error:
+        stop(transport, watch, str(error))
+        raise
+    return transport, roll
+
+
+def stop(transport: Transport, watch: Watch | None, why: str | None) -> None:
+    """Rank 0: ends all other ranks that serve no model yet. ``why``: None if all is well."""
+    from .handshake import ask_round
+
+    ask_round(transport, {"stop": why})
+    if watch is not None:
+        watch.close()
+
+
 def lead(
     transport: Transport,
     path: Callable[[], Path],
@@ -122,30 +153,25 @@ def lead(
     Raises what ``load_model`` raises, and PipelineError for what other ranks have to say.
     """
     from .driver import Driver
-    from .handshake import RankInfo, ask_round, require_answers, require_equal
+    from .handshake import RankInfo, ask_round, plan_split, require_answers
     from .weight_stream import send_weights
 
-    members = ask_round(transport, {"join": [_join(transport.rank, watch)]})["join"]
-    roll = {"hello": asdict(settings), "members": members, "secret": secrets.token_hex(16)}
-    if watch is not None:
-        transport = _watched(transport, watch, roll)
+    transport, roll = call_roll(transport, watch, settings.stage_timeout)
+    roll["hello"] = asdict(settings)
     stage = _Stage(transport.rank, path, settings)
     try:
-        require_equal([RankInfo(**_facts(member)) for member in members])
         hello = stage.hello(settings)
         roll["facts"] = stage.facts
         answer = ask_round(transport, roll | {"ranks": [hello]})
         require_answers(answer["ranks"])
         infos = [RankInfo(**info) for info in answer["ranks"]]
-        ranges = stage.split(settings, infos)
+        ranges = plan_split(stage.checkpoint, settings, infos)
         send_weights(transport, stage.checkpoint, ranges, infos)
         load = {"load": [[part.start, part.stop] for part in ranges], "ranks": answer["ranks"]}
         answer = ask_round(transport, load | {"loaded": [stage.load(settings, ranges[0])]})
         require_answers(answer["loaded"])
     except Q4MetalError as error:
-        ask_round(transport, {"stop": str(error)})
-        if watch is not None:
-            watch.close()
+        stop(transport, watch, str(error))
         if stage.error is not None:
             raise stage.error from None
         raise
@@ -191,12 +217,15 @@ def serve(
 ) -> bool:
     """Every other rank: loads its stage of the model, and computes until rank 0 is done.
 
+    Or says what it is and measures its links, if that is what rank 0 wants.
+
     ``own``: what this rank's command line says; rank 0 refuses another precision than its own.
 
     False if something went wrong that rank 0 tells about. Raises PipelineError if a neighbour is
     gone.
     """
     from .handshake import Settings, hear, pass_on
+    from .survey import own_facts, relay_links
     from .weight_stream import WeightReceiver
     from .worker import Worker
 
@@ -205,12 +234,17 @@ def serve(
     settings = Settings()
     while True:
         content = hear(transport)
+        if watch is not None and "links" in content:
+            relay_links(transport, watch)
+            continue
+        if watch is not None and "members" in content:
+            transport = _watched(transport, watch, content)
         if "join" in content:
             content["join"].append(_join(transport.rank, watch))
+        elif "survey" in content:
+            content["survey"].append(asdict(own_facts(transport.rank)))
         elif "hello" in content:
             settings = Settings(**content["hello"])
-            if watch is not None:
-                transport = _watched(transport, watch, content)
             content["ranks"].append(stage.hello(settings, content))
         elif "load" in content:
             stage.checkpoint = receiver.checkpoint() or stage.checkpoint
@@ -221,7 +255,7 @@ def serve(
         if "stop" in content:
             if watch is not None:
                 watch.close()
-            return False
+            return content["stop"] is None
         if "start" in content:
             break
     assert stage.model is not None
@@ -273,7 +307,7 @@ def _watched(transport: Transport, watch: Watch, roll: dict[str, Any]) -> Transp
     members = [
         Member(one["rank"], one["host"], one["address"], one["port"]) for one in roll["members"]
     ]
-    watch.start(transport.rank, members, roll["secret"], roll["hello"]["stage_timeout"])
+    watch.start(transport.rank, members, roll["secret"], roll["timeout"])
     return WatchedTransport(transport, watch)
 
 
@@ -328,21 +362,6 @@ class _Stage:
             )
             found = ("precision", theirs, ours) if theirs != ours else None
         require_same(roll["members"][0]["host"], found)
-
-    def split(self, settings: Settings, infos: list[RankInfo]) -> list[range]:
-        """Rank 0: the layers of each rank."""
-        import torch
-
-        from ..memory import kv_bytes_per_token
-        from ..models.loading import read_family, resolve_context, resolve_precision
-        from .handshake import choose_split
-
-        _, config = read_family(self.checkpoint)
-        context = resolve_context(config, settings.max_kv_size)
-        exact = resolve_precision(settings.torch_dtype, settings.precision) == "exact"
-        kv_dtype = torch.float32 if exact else self.checkpoint.scales_dtype
-        kv_bytes = context * kv_bytes_per_token(config, kv_dtype, layers=1)
-        return choose_split(settings, infos, self.checkpoint, config, kv_bytes)
 
     def load(self, settings: Settings, layers: range) -> dict[str, Any]:
         """Loads the layers, and says how much that took."""

@@ -1,13 +1,14 @@
 """What the stages say to each other, as bytes in buffers that are allocated once.
 
 Every message is one piece: a header of little-endian int64 words, lists, and rows of float32. There
-are three kinds.
+are four kinds.
 
 control   a JSON object, for what happens seldom: joining, loading, ending, failing
 pass      new tokens of 1 to 8 texts: which blocks of the KV cache they have, from which position,
           and the residual stream [rows, hidden_size] that the stage before made of them
 result    the tokens that the last stage drew, and the log-probabilities or logits [texts, V] of
           those texts that want them
+filler    bytes that mean nothing, for measuring a link
 
 The first stage alone decides which KV blocks a text gets. The others hold the same blocks for
 their own layers, and are told only what changed in a text's block table: ``keep`` entries stay,
@@ -42,6 +43,7 @@ class Kind(IntEnum):
     CONTROL = 1
     PASS = 2
     RESULT = 3
+    FILLER = 4
 
 
 class Want(IntEnum):
@@ -152,6 +154,10 @@ class Message:
         length = self._header[2]
         content: dict[str, Any] = json.loads(bytes(self._memory[_HEADER.size :][:length]))
         return content
+
+    def put_filler(self) -> None:
+        """Makes the whole buffer a message that says nothing."""
+        _HEADER.pack_into(self._memory, 0, Kind.FILLER, len(self._memory), *[0] * 9)
 
     # ---- passes
 

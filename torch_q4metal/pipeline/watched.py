@@ -31,6 +31,9 @@ class Watch(Protocol):
     def link_failed(self, rank: int, why: str) -> None:
         """Ends the process when it is known why, or returns."""
 
+    def round_trip(self, rank: int) -> float:
+        """Seconds that a line to a neighbour and its answer take. Raises PipelineError."""
+
 
 class WatchedTransport:
     """``transport`` as it is, except that ``watch`` hears first that a link is gone."""

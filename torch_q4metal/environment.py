@@ -24,5 +24,6 @@ CPU = Variable(
 )
 CACHE = Variable("Q4METAL_CACHE", "a folder", "where converted and streamed models are kept")
 NO_HISTORY = Variable("Q4METAL_NOHISTORY", "1", "chat keeps no history file")
+HUGE_PAGES = Variable("Q4METAL_HUGE_PAGES", "0", "on Linux, weights stay in the mapped file")
 
-VARIABLES = (CPU, CACHE, NO_HISTORY)
+VARIABLES = (CPU, CACHE, NO_HISTORY, HUGE_PAGES)

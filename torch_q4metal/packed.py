@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import huge_pages
 from .checkpoint import SCALE_DTYPES, Checkpoint
 from .config import LANGUAGE_MODEL, QuantParams
 from .device import resolve_device
@@ -72,7 +73,8 @@ def load_packed(
     """Fill ``module`` in place from the checkpoint directory ``path`` and return it.
 
     Every ``nn.Linear`` or ``nn.Embedding`` whose tensor ``{prefix}{name}.scales`` exists is
-    replaced by a Q4Linear or Q4Embedding on the file's own bytes; all other parameters and
+    replaced by a Q4Linear or Q4Embedding on the file's own bytes, mapped, or on Linux read into
+    huge pages where there is memory enough; all other parameters and
     persistent buffers get the checkpoint's tensors in the checkpoint's dtype. A head without
     tensors of its own shares the embedding's. The module may be on the meta device; afterwards
     nothing is.
@@ -87,11 +89,14 @@ def load_packed(
     prefix = prefix.removeprefix(LANGUAGE_MODEL)  # Checkpoint's names come without it
     with torch.device("cpu"):  # the caller may still be inside torch.device("meta")
         plan = _Plan(module, checkpoint, prefix)
-        if place.type == "cpu":
-            _fill(plan, checkpoint.tensor, place, precision)
+        size = sum(checkpoint.info(name).nbytes for name in plan.names)
+        if place.type != "cpu":
+            tensor_of = DeviceWeights(checkpoint, plan.names, place).tensor
+        elif huge_pages.are_worthwhile(size):
+            tensor_of = huge_pages.HugePageWeights(checkpoint, plan.names).tensor
         else:
-            weights = DeviceWeights(checkpoint, plan.names, place)
-            _fill(plan, weights.tensor, place, precision)
+            tensor_of = checkpoint.tensor
+        _fill(plan, tensor_of, place, precision)
     return module
 
 

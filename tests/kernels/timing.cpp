@@ -1,6 +1,14 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "../../csrc/cpu/threads.h"
 #include "checks.h"
@@ -28,8 +36,9 @@ template <typename F> double best_seconds(const F& f) {
 }
 
 // Matrices of random bytes, more of them than a cache holds, so that weights come from memory.
+// They lie in huge pages, as a loaded model's do.
 struct Weights {
-  std::vector<uint8_t> bytes;
+  std::unique_ptr<uint8_t, decltype(&std::free)> bytes{nullptr, &std::free};
   std::vector<PackedMatrix> matrices;
 
   Weights(const Shape& shape, bool hot) {
@@ -37,14 +46,21 @@ struct Weights {
                    shape.in_features, shape.group_size, shape.bits};
     constexpr int64_t kBeyondCaches = 256 << 20;
     const int64_t count = hot ? 1 : std::max<int64_t>(1, kBeyondCaches / m.bytes());
-    bytes.resize(count * m.bytes());
+    constexpr int64_t kHugePage = 2 << 20;
+    const int64_t size = (count * m.bytes() + kHugePage - 1) / kHugePage * kHugePage;
+    bytes.reset(static_cast<uint8_t*>(std::aligned_alloc(kHugePage, size)));
+    if (!bytes)
+      throw std::bad_alloc();
+#if defined(__linux__)
+    madvise(bytes.get(), size, MADV_HUGEPAGE);
+#endif
     Random random(5);
-    for (int64_t i = 0; i + 4 <= int64_t(bytes.size()); i += 4) {
+    for (int64_t i = 0; i < size; i += 4) {
       const uint32_t word = random.bits() & 0x3fff3fff; // as scales: finite
-      std::memcpy(bytes.data() + i, &word, 4);
+      std::memcpy(bytes.get() + i, &word, 4);
     }
     for (int64_t i = 0; i < count; ++i) {
-      m.weight = bytes.data() + i * m.bytes();
+      m.weight = bytes.get() + i * m.bytes();
       m.scales = m.weight + m.out_features * m.row_stride();
       m.biases = m.weight + (m.bytes() + m.out_features * m.row_stride()) / 2;
       matrices.push_back(m);

@@ -4,6 +4,7 @@ tests/long and tests/system run only where they are named: ``pytest tests/long``
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,29 @@ hypothesis.settings.load_profile("tests")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+PLANTED = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture
+def planted(request: pytest.FixtureRequest) -> Callable[[str, object], None]:
+    """Notes a bug that the test planted and the words that told of it: the output lists them."""
+
+    def note(bug: str, found: object) -> None:
+        words = str(found).strip().splitlines()
+        request.config.stash.setdefault(PLANTED, []).append(f"{bug}: {words[0][:120]}")
+
+    return note
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if bugs := config.stash.get(PLANTED, []):
+        terminalreporter.section(f"{len(bugs)} planted bugs, each found")
+        for bug in bugs:
+            terminalreporter.write_line(bug)
 
 
 SLOW_FOLDERS = [Path(__file__).with_name(name) for name in ("long", "system")]

@@ -5,11 +5,16 @@ import subprocess
 from pathlib import Path
 
 SCRIPT = Path(__file__).with_name("kernels") / "build.sh"
+BUILDS = Path(__file__).resolve().parent.parent / "build" / "kernels"
 
 
-def build(folder: Path, compiler: str, target: str = "native", flags: str = "") -> Path:
-    """The program ``kernel_table`` for ``target``. Fails with what the compiler says."""
-    program = folder / "kernel_table"
+def build(name: str, compiler: str, target: str = "native", flags: str = "") -> Path:
+    """The program ``kernel_table`` for ``target``. Fails with what the compiler says.
+
+    It is kept in ``build/kernels`` by ``name``, and compiled again where files changed.
+    """
+    program = BUILDS / name
+    program.parent.mkdir(parents=True, exist_ok=True)
     result = subprocess.run(
         ["sh", str(SCRIPT), compiler, target, str(program)],
         env=os.environ | {"CXXFLAGS": flags}, capture_output=True, text=True, check=False,

@@ -1,6 +1,7 @@
 """Compiles tests/sanitizer/decode_passes.cpp with the plan and the executor for ThreadSanitizer."""
 
 import concurrent.futures
+import hashlib
 import os
 import platform
 import shlex
@@ -10,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "sanitizer"
 DRIVER = "tests/sanitizer/decode_passes.cpp"
 PORTABLE = [
     "csrc/plan/plan.cpp",
@@ -26,22 +28,32 @@ RACE = "WARNING: ThreadSanitizer: data race"
 _RACES_EXIT = 66
 
 
-def compile_program(sources: Iterable[str], folder: Path) -> Path:
-    """The program ``decode_passes`` in ``folder``. Fails with what the compiler says."""
+def compile_program(sources: Iterable[str]) -> Path:
+    """The program ``decode_passes``. Fails with what the compiler says.
+
+    It and its object files are kept in ``build/sanitizer`` by the hash of what goes in.
+    """
     compiler = shlex.split(os.environ.get("CXX", "c++"))
+    headers = "".join(path.read_text() for path in sorted((ROOT / "csrc").rglob("*.h")))
+    BUILD.mkdir(parents=True, exist_ok=True)
 
-    def run(*arguments: str) -> None:
-        result = subprocess.run(
-            [*compiler, *FLAGS, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        assert result.returncode == 0, result.stderr
+    def make(key: str, name: str, *arguments: str) -> str:
+        target = BUILD / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}-{name}"
+        if not target.exists():
+            partial = target.with_suffix(f".{os.getpid()}")
+            command = [*compiler, *FLAGS, *arguments, "-o", str(partial)]
+            result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+            assert result.returncode == 0, result.stderr
+            partial.replace(target)
+        return str(target)
 
-    objects = {source: str(folder / f"{Path(source).stem}.o") for source in sources}
+    def compile_(source: str) -> str:
+        key = f"{compiler}{FLAGS}{headers}{(ROOT / source).read_text()}"
+        return make(key, f"{Path(source).stem}.o", "-c", source)
+
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda source: run("-c", source, "-o", objects[source]), objects))
-    program = folder / "decode_passes"
-    run(*objects.values(), "-pthread", "-o", str(program))
-    return program
+        objects = list(pool.map(compile_, sources))
+    return Path(make(str(objects), "decode_passes", *objects, "-pthread"))
 
 
 def watch(program: Path, *arguments: str, **environment: str) -> tuple[int, str]:

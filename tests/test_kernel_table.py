@@ -7,8 +7,8 @@ import kernel_table
 import test_instruction_sets
 
 
-def test_every_table_of_this_cpu(tmp_path, record_property):
-    program = kernel_table.build(tmp_path, os.environ.get("CXX", "c++"), flags="-O1")
+def test_every_table_of_this_cpu(record_property):
+    program = kernel_table.build("quick", os.environ.get("CXX", "c++"), flags="-O1")
     output = kernel_table.run(program, "--quick")
     record_property("tables", output)  # says which ran natively and which were emulated
     print(output)

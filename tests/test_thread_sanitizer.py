@@ -7,8 +7,8 @@ import sanitized
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    return sanitized.compile_program(sanitized.PORTABLE, tmp_path_factory.mktemp("sanitized"))
+def program():
+    return sanitized.compile_program(sanitized.PORTABLE)
 
 
 def barriers_of_a_clean_run(program, **environment):

@@ -35,9 +35,8 @@ def torch_free_sources():
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    sources = [*torch_free_sources(), sanitized.DRIVER]
-    return sanitized.compile_program(sources, tmp_path_factory.mktemp("sanitized"))
+def program():
+    return sanitized.compile_program([*torch_free_sources(), sanitized.DRIVER])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -11,6 +11,7 @@ import pytest
 MACOS = Path(__file__).parent.parent / "macos"
 OPS = "csrc/metal/ops_mps.mm", "test_metal_ops_mps.py"
 ENCODER = "csrc/metal/encoder.cpp", "test_metal_decode_plan.py"
+PLAN = "csrc/plan/plan.cpp", "test_metal_plan_memory.py"
 STEP = "csrc/metal/decode_step_mps.cpp", "test_metal_decode_plan.py"
 SLIPS = {
     "buffers swapped": (
@@ -62,11 +63,18 @@ SLIPS = {
         "uint64_t(t.storage_offset())",
     ),
     "table stride": (*STEP, "uint32_t(block_tables.size(1))", "uint32_t(block_tables.size(0))"),
+    "hidden is not declared as read": (*PLAN, "{partial, hidden}, {hidden}", "{partial}, {hidden}"),
+    "the cache is not declared as written": (*PLAN, "{queries, cache}});", "{queries}});"),
+    "hidden is declared and not read": (
+        *PLAN,
+        "{queries, cache}, {partial}",
+        "{queries, cache, hidden}, {partial}",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", SLIPS)
-def test_slip_is_found(name):
+def test_slip_is_found(planted, name):
     file, test, text, slip = SLIPS[name]
 
     def run(*arguments):
@@ -82,4 +90,4 @@ def test_slip_is_found(name):
     tests = run("-m", "pytest", "-x", "--tb=line", "-k", "not smollm2", test)
     assert tests.returncode != 0, tests.stdout
     found = [w for w in tests.stdout.splitlines() if w.startswith(("FAILED", "ERROR"))]
-    print(f"{name}: {found[0] if found else tests.stderr.strip()[:80]}")
+    planted(f"{Path(file).name}: {name}", found[0] if found else tests.stderr)

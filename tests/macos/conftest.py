@@ -18,4 +18,5 @@ def mac(monkeypatch):
     standin.mode = "typed"
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     yield standin
+    standin.mode = "typed"
     assert not [name for name in standin.fallbacks() if name.startswith("q4metal::")]

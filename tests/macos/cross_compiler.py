@@ -1,11 +1,13 @@
 """The C++ compiler for Apple silicon on any machine: clang of the ziglang wheel, our stubs."""
 
+import hashlib
 import os
 import shlex
 import subprocess
 import sys
 import tempfile
 from functools import cache
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 
@@ -65,13 +67,30 @@ def _header_flags() -> list[str]:
 def check_syntax(source: Path, *flags: str) -> str:
     """What clang says of an Objective-C++ file for macOS: empty if nothing.
 
-    Without code generation, which `zig c++` cannot leave out: half the time.
+    Without code generation, which `zig c++` cannot leave out: half the time. The answer is kept in
+    ``build/macos`` by the hash of the file and of all headers that are ours.
     """
     zig = str(Path(ziglang.__file__).parent / "zig")
-    result = subprocess.run(
-        [zig, "clang", "-x", "objective-c++", "-fsyntax-only", "-target", "arm64-apple-macos14.0",
-         *_header_flags(), *_STUB_FLAGS, *flags, str(source)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.stderr or result.returncode == 0
-    return result.stderr
+    command = [
+        zig, "clang", "-x", "objective-c++", "-fsyntax-only", "-target", "arm64-apple-macos14.0",
+        *_STUB_FLAGS, *flags,
+    ]  # fmt: skip
+    headers = [*(ROOT / "csrc").rglob("*.h"), *(path for path in STUBS.rglob("*.h"))]
+    parts = [*command, *_versions(), *(p.read_text() for p in [source, *sorted(headers)])]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+    kept = BUILD / "syntax" / f"{source.name}-{key}"
+    if not kept.exists():
+        result = subprocess.run(
+            [*command, *_header_flags(), str(source)], capture_output=True, text=True, check=False
+        )
+        assert result.stderr or result.returncode == 0
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_suffix(f".{os.getpid()}")
+        partial.write_text(result.stderr)
+        partial.replace(kept)
+    return kept.read_text()
+
+
+def _versions() -> list[str]:
+    """Of the compiler and of torch, whose headers are included."""
+    return [metadata.version(name) for name in ("ziglang", "torch")]

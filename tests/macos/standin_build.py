@@ -46,9 +46,14 @@ UNITS = {
         "tests/macos/standin/kernels.cpp",
         "tests/macos/standin/plan_sink.cpp",
     ],
-    "python": ["csrc/metal/bindings.cpp", "tests/macos/standin/module.cpp"],
+    "python": [
+        "csrc/metal/bindings.cpp",
+        "tests/macos/standin/module.cpp",
+        "tests/macos/standin/plan_records.cpp",
+    ],
 }
 FOLDERS = ("csrc", "csrc/metal", "csrc/plan", "tests/macos/standin", "tests/msl/runtime")
+SLIPS = ("none", "no barrier", "buffers swapped", "arguments swapped", "grid cut")
 _TORCH = Path(torch.__file__).parent
 _FLAGS = [
     "-std=c++20", "-O0", "-g0", "-fPIC", "-Wall", "-fvisibility=hidden",
@@ -57,7 +62,7 @@ _FLAGS = [
     "-isystem", str(_TORCH / "include/torch/csrc/api/include"),
     "-isystem", sysconfig.get_path("include"),
 ]  # fmt: skip
-_COMPILER = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64)
+_COMPILER = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_bool, ctypes.c_void_p, ctypes.c_int64)
 
 
 def _with_slip(file: Path) -> Path:
@@ -124,7 +129,7 @@ class Standin:
 
     ``native``: what torch_q4metal._C has besides on a Mac (csrc/metal/bindings.cpp); it has it here
     too from now on.
-    ``mode``: "typed" or "check", the build of tests/msl for kernels that are compiled from now on.
+    ``mode``: "typed" or "check", the build of tests/msl that kernels are run with from now on.
     ``refusal``: what the Metal compiler answers to any text, as long as it is set.
     ``slip``: (text, wrong text) that replaces it, once, in every Metal text that has it; that was
     done ``slips`` times.
@@ -133,11 +138,12 @@ class Standin:
     def __init__(self) -> None:
         path = build()
         torch.ops.load_library(str(path))
-        self.mode = "typed"
         self.refusal: str | None = None
         self.slip: tuple[str, str] | None = None
         self.slips = 0
         self._library = ctypes.CDLL(str(path))
+        self._library.standin_set_checks.argtypes = [ctypes.c_bool]
+        self.mode = "typed"
         loader = importlib.machinery.ExtensionFileLoader("standin", str(path))
         spec = importlib.util.spec_from_loader("standin", loader)
         assert spec
@@ -157,7 +163,16 @@ class Standin:
         self._callback = _COMPILER(self._compile_metal)  # kept alive
         self._library.standin_set_compiler(self._callback)
 
-    def _compile_metal(self, text: bytes, answer: int, capacity: int) -> None:
+    @property
+    def mode(self) -> str:
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: str) -> None:
+        self._mode = mode
+        self._library.standin_set_checks(mode == "check")
+
+    def _compile_metal(self, text: bytes, checks: bool, answer: int, capacity: int) -> None:
         try:
             if self.refusal is not None:
                 raise MetalCompileError(self.refusal)
@@ -165,7 +180,8 @@ class Standin:
             if self.slip is not None and self.slip[0] in kernels:
                 self.slips += 1
                 kernels = kernels.replace(*self.slip, 1)
-            result = str(msl_library.build(kernels, "kernel.metal", self.mode))
+            mode = "check" if checks else "typed"
+            result = str(msl_library.build(kernels, "kernel.metal", mode))
         except MetalCompileError as error:
             result = f"!{error}"
         raw = result.encode()[: capacity - 1] + b"\0"
@@ -219,9 +235,20 @@ class Standin:
         self._library.standin_plan_statistics(three)
         return tuple(three)
 
-    def ignore_barrier(self, number: int) -> None:
-        """Leaves out one barrier of each submission, counted from 0; -1: none."""
-        self._library.standin_ignore_barrier(ctypes.c_int64(number))
+    @contextlib.contextmanager
+    def planted(self, slip: str, number: int, index: int = 0) -> Iterator[None]:
+        """A slip in each submission of a plan meanwhile.
+
+        ``number``: of the dispatch, or with "no barrier" of the barrier, from 0. "buffers swapped":
+        those bound at ``index`` and the next one; "arguments swapped": the first two numbers of the
+        argument struct; "grid cut": by its last threadgroup.
+        """
+        plant = self._library.standin_plant
+        plant(SLIPS.index(slip), ctypes.c_int64(number), index)
+        try:
+            yield
+        finally:
+            plant(0, ctypes.c_int64(0), 0)
 
     def allocations(self) -> int:
         """MPS buffers made so far."""

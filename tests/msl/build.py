@@ -3,6 +3,7 @@
 clang (from the ziglang wheel) compiles the text, the host's C++ compiler the executor.
 """
 
+import functools
 import hashlib
 import os
 import re
@@ -20,7 +21,8 @@ from .lexer import MetalSyntaxError
 from .lint import lint
 from .rewrite import rewrite
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 RUNTIME, HOST = HERE / "runtime", HERE / "host"
 _CLANG = [str(Path(ziglang.__file__).parent / "zig"), "clang", "-target", "x86_64-linux-gnu"]
 _LANGUAGE = ["-x", "c++", "-std=c++17", "-nostdinc"]
@@ -51,7 +53,7 @@ _CHECKED = [
     "-mllvm", "-tsan-instrument-read-before-write=1",
 ]  # fmt: skip
 _RUNTIME_FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall"]
-_KEPT_BUILDS = 400
+_KEPT_BUILDS = 1500
 _EXECUTOR = ["executor", "dispatch", "faults", "fiber", "symbols"]
 _CHECKER = ["checker", "memory", "hooks"]
 
@@ -62,7 +64,15 @@ class MetalCompileError(ValueError):
 
 def cache_folder() -> Path:
     """Where builds are kept between runs: ``build/msl`` of the repository, or ``MSL_CACHE``."""
-    return Path(os.environ.get("MSL_CACHE", HERE.parents[1] / "build" / "msl"))
+    return Path(os.environ.get("MSL_CACHE", ROOT / "build" / "msl"))
+
+
+def name_of(path: Path) -> str:
+    """The path as diagnostics have it: from the repository's root if it is in it, so that builds do
+    not depend on where that lies.
+    """
+    path = path.resolve()
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 def build(
@@ -72,14 +82,18 @@ def build(
 
     ``mode`` is "typed" or "check". Raises MetalCompileError.
     """
-    preprocessed = _preprocess(text, name, include_dirs, defines)
+    preprocess = functools.partial(_preprocess, text, name, include_dirs, defines)
+    # Without other files the text says it all, and the preprocessor need not be started.
+    is_whole = '#include "' not in text
+    content = "\0".join([text, name, *defines]) if is_whole else preprocess()
     key = hashlib.sha256()
-    for part in (preprocessed, mode, *_tool_parts()):
+    for part in (content, mode, *_tool_parts()):
         key.update(part.encode() + b"\0")
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     result = folder / f"{Path(name).stem}-{mode}-{key.hexdigest()[:20]}.so"
     if not result.exists():
+        preprocessed = preprocess() if is_whole else content
         problems = lint(preprocessed)
         if problems:
             raise MetalCompileError("\n".join(problems))
@@ -105,7 +119,7 @@ def _prune(folder: Path) -> None:
 
 
 def _preprocess(text: str, name: str, include_dirs: Sequence[Path], defines: Sequence[str]) -> str:
-    include = [f"-I{HOST / 'include'}", *(f"-I{d}" for d in include_dirs)]
+    include = [f"-I{name_of(d)}" for d in (HOST / "include", *include_dirs)]
     macros = ["-D__METAL__=1", "-D__METAL_VERSION__=310", *(f"-D{d}" for d in defines)]
     command = [*_CLANG, "-E", *_LANGUAGE, *include, *macros, "-"]
     return _run(command, f'# 1 "{name}"\n{text}').stdout
@@ -121,7 +135,9 @@ def _tool_parts() -> tuple[str, ...]:
 
 
 def _run(command: list[str], text: str | None = None) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, cwd=ROOT, input=text, capture_output=True, text=True, check=False
+    )
     if result.returncode:
         raise MetalCompileError(_diagnosis(result.stderr))
     return result
@@ -138,7 +154,8 @@ def _diagnosis(stderr: str) -> str:
     if first is None:
         return stderr[:6000]
     file, line = next(
-        ((f[0], f[1]) for f in found[first:] if not f[0].startswith(str(HOST))), found[first][:2]
+        (f[:2] for f in found[first:] if not f[0].startswith((str(HOST), name_of(HOST)))),
+        found[first][:2],
     )
     return f"{file}:{line}: {found[first][3]}\n{stderr[:6000]}"
 
@@ -218,6 +235,22 @@ def _runtime(mode: str) -> str:
         _run(["c++", *_RUNTIME_FLAGS, *macros, "-x", "c++", "-c", "-", "-o", str(partial)], text)
         partial.replace(target)
     return str(target)
+
+
+def host_library(source: str, name: str, include_dir: Path) -> Path:
+    """The shared object of C++ for the host that includes headers of ``include_dir``."""
+    headers = sorted([*include_dir.glob("*.h"), *include_dir.parent.glob("*.h")])
+    key = hashlib.sha256("\0".join([source, *(f.read_text() for f in headers)]).encode())
+    target = cache_folder() / f"{name}-{key.hexdigest()[:20]}.so"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(f".{os.getpid()}")
+        flags = ["-std=c++20", "-O0", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared"]
+        command = ["c++", *flags, f"-I{include_dir}", "-x", "c++", "-", "-o", str(partial)]
+        _run(command, source)
+        partial.replace(target)
+    target.touch()
+    return target
 
 
 def without_address_spaces(ir: str) -> str:

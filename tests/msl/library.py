@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .build import build
+from .build import build, name_of
 
 _ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}
 _READ_ONLY, _UNWRITTEN = 1, 2
@@ -104,8 +104,9 @@ def compile(
             text += f'# 1 "text.metal"\n{part}\n'
             name = name or "text.metal"
         else:
-            text += f'# 1 "{part}"\n{Path(part).read_text()}\n'
-            name = name or str(part)
+            shown = name_of(Path(part))
+            text += f'# 1 "{shown}"\n{Path(part).read_text()}\n'
+            name = name or shown
     folders = [Path(p).resolve() for p in include_dirs]
     folders += [p.resolve().parent for p in map(Path, (s for s in sources if "\n" not in str(s)))]
     return Library(build(text, name, mode, folders, defines))

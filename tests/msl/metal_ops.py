@@ -6,7 +6,6 @@ that is compiled from it here: what the host would do is what is tested.
 
 import ctypes
 import struct
-import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .build import cache_folder
+from .build import host_library
 from .library import Library, Unwritten, compile
 
 METAL = Path(__file__).resolve().parents[2] / "csrc" / "metal"
@@ -68,13 +67,7 @@ extern "C" void launch(int op, int64_t rows, int64_t columns, uint32_t* six) {
 
 @cache
 def _abi() -> ctypes.CDLL:
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    source, library = folder / "launch_abi.cpp", folder / "launch_abi.so"
-    source.write_text(_ABI)
-    flags = ["-std=c++20", "-O0", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", f"-I{METAL}"]
-    subprocess.run(["c++", *flags, str(source), "-o", str(library)], check=True)
-    loaded = ctypes.CDLL(str(library))
+    loaded = ctypes.CDLL(str(host_library(_ABI, "launch_abi", METAL)))
     loaded.kernel.restype = ctypes.c_uint64
     return loaded
 

@@ -5,7 +5,6 @@ As metal_ops, but for csrc/metal/plan_launch.h.
 
 import ctypes
 import struct
-import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .build import cache_folder
+from .build import host_library
 from .library import Library, Unwritten, compile
 from .metal_ops import DTYPES, METAL, Kernel, array_of
 
@@ -79,13 +78,7 @@ extern "C" int chunks(int positions) { return int(chunks_of(positions)); }
 
 @cache
 def _abi() -> ctypes.CDLL:
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    source, library = folder / "plan_abi.cpp", folder / "plan_abi.so"
-    source.write_text(_ABI)
-    flags = ["-std=c++20", "-O0", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", f"-I{METAL}"]
-    subprocess.run(["c++", *flags, str(source), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    return ctypes.CDLL(str(host_library(_ABI, "plan_abi", METAL)))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from .build import name_of
 from .library import Library, MetalRunError, Run, Unwritten, compile
 
 SAMPLE = Path(__file__).with_name("samples") / "planted.metal"
@@ -124,7 +125,11 @@ MATMUL = [
     [("matvec", *f) for f in MATVEC] + [("matmul", *f) for f in MATMUL],
 )
 def test_planted_fault_is_found_in_every_order(
-    kernel: str, fault: int, shape: tuple[int, int, int], message: str
+    kernel: str,
+    fault: int,
+    shape: tuple[int, int, int],
+    message: str,
+    planted: Callable[[str, object], None],
 ) -> None:
     found = {}
     for order in ORDERS:
@@ -134,6 +139,7 @@ def test_planted_fault_is_found_in_every_order(
         assert_line(fault, found[order])
     # Which byte and thread are the first to be wrong depends on the order.
     assert re.search(message.replace("(", r"\(").replace(")", r"\)"), found["forward"])
+    planted(f"harness, fault {fault}", found["forward"])
 
 
 def assert_line(fault: int, message: str) -> None:
@@ -144,7 +150,7 @@ def assert_line(fault: int, message: str) -> None:
         if re.search(rf"// (\d+ )?{fault}( \d+)?$", line)
     ]
     if marked:
-        assert f"{SAMPLE}:{marked[0]}" in message
+        assert f"{name_of(SAMPLE)}:{marked[0]}" in message
 
 
 HAND_ON = [
@@ -167,13 +173,16 @@ def hand_on(fault: int, order: str = "forward") -> tuple[np.ndarray, np.ndarray,
 
 
 @pytest.mark.parametrize(("fault", "message"), HAND_ON)
-def test_planted_fault_in_device_memory_is_found(fault: int, message: str) -> None:
+def test_planted_fault_in_device_memory_is_found(
+    fault: int, message: str, planted: Callable[[str, object], None]
+) -> None:
     for order in ORDERS:
         with pytest.raises(MetalRunError) as error:
             hand_on(fault, order)
         if order == "forward":
             assert_line(fault, str(error.value))
             assert re.search(message.replace("(", r"\(").replace(")", r"\)"), str(error.value))
+            planted(f"harness, fault {fault}", error.value)
 
 
 def test_device_barriers_atomics_and_resident_memory_pass() -> None:

@@ -1,5 +1,6 @@
 """Bugs planted in the kernels' text: each is found by the comparison or by the check build."""
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from . import metal_ops, metal_plan
+from .build import cache_folder
 from .library import MetalRunError
 from .metal_ops import DTYPES, METAL, Runner, compile_kernels, kernel_of
 from .metal_plan import PlanRunner, Settings, compile_plan, plan_kernel
@@ -42,18 +45,23 @@ def matmul() -> None:
     assert_products(y, x, w, bias, case, tile=F16)
 
 
+def assert_near(y: Tensor, exact: Tensor) -> None:
+    error = float((y.double() - exact).abs().max())
+    assert error <= 1e-4, f"results are wrong by {error:.2g}"
+
+
 def residual() -> None:
     kernel = plan_kernel("residual", [(4, 32, 0)])
     m, x, hidden = random_matrix((4, 32, F32), 9, 96, True), torch.randn(1, 96), torch.randn(1, 9)
     y = PlanRunner(compile_plan([kernel], "check")).residual(m, x, hidden)
-    assert torch.allclose(y.double(), hidden.double() + product(m, x), atol=1e-4)
+    assert_near(y, hidden.double() + product(m, x))
 
 
 def head() -> None:
     kernel = plan_kernel("head", [(4, 32, 0)])
     m, hidden = random_matrix((4, 32, F32), 9, 96), 3 * torch.randn(1, 96)
     y = PlanRunner(compile_plan([kernel], "check")).head(m, torch.ones(96), hidden, 1e-5)
-    assert torch.allclose(y.double(), product(m, normed(hidden, torch.ones(96))), atol=1e-4)
+    assert_near(y, product(m, normed(hidden, torch.ones(96))))
 
 
 def attention() -> None:
@@ -65,7 +73,7 @@ def attention() -> None:
     exact = attention_in_float64(queries, at, cache, 0.25)
     for split in (False, True):
         out = runner.attention(queries, at, cache, 0.25, split)
-        assert torch.allclose(out.double(), exact, atol=1e-5)
+        assert_near(out, exact)
 
 
 def sample() -> None:
@@ -73,7 +81,8 @@ def sample() -> None:
     settings = [Settings(5.0, 0.0, 0.0, s % 2, s) for s in range(8)]  # one token, or all
     logits, at = torch.randn(8, 40), torch.arange(8)
     tokens = runner.sample(logits, settings, at).tolist()
-    assert tokens == [drawn(logits[m], s, m) for m, s in enumerate(settings)]
+    expected = [drawn(logits[m], s, m) for m, s in enumerate(settings)]
+    assert tokens == expected, f"tokens {tokens} are wrong"
 
 
 @dataclass(frozen=True)
@@ -133,20 +142,30 @@ BUGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
-def test_a_planted_bug_is_found(bug: Bug, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy = tmp_path / "metal"
-    shutil.copytree(METAL, copy, ignore=shutil.ignore_patterns("*.mm", "*.cpp", "*.py", "__*"))
-    shutil.copy(METAL.parent / "layout.h", tmp_path)
-    text = (copy / bug.file).read_text()
+def broken_copy(bug: Bug) -> Path:
+    """csrc/metal with the bug, at a place that is the same in each run: builds are kept by it."""
+    folder = cache_folder() / "planted" / re.sub(r"\W+", "-", bug.name)
+    copy = folder / "metal"
+    ignored = shutil.ignore_patterns("*.mm", "*.cpp", "*.py", "__*")
+    shutil.copytree(METAL, copy, ignore=ignored, dirs_exist_ok=True)
+    shutil.copy(METAL.parent / "layout.h", folder)
+    text = (METAL / bug.file).read_text()
     assert text.count(bug.right) == 1, "the text to break is gone, or not alone"
     (copy / bug.file).write_text(text.replace(bug.right, bug.wrong))
+    return copy
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_a_planted_bug_is_found(
+    bug: Bug, monkeypatch: pytest.MonkeyPatch, planted: Callable[[str, object], None]
+) -> None:
+    copy = broken_copy(bug)
     kernel_of("matvec", 4, 32), plan_kernel("copy")  # names come from the whole text
     monkeypatch.setattr(metal_ops, "METAL", copy)
     monkeypatch.setattr(metal_plan, "METAL", copy)
     with pytest.raises((MetalRunError, AssertionError)) as found:
         bug.run()
-    print(f"{bug.file}: {bug.name}: {str(found.value).splitlines()[0][:120]}")
+    planted(f"{bug.file}: {bug.name}", found.value)
 
 
 @pytest.mark.parametrize("run", [matvec, matmul, residual, head, attention, sample])

@@ -11,9 +11,8 @@ pytestmark = pytest.mark.timeout(1200)  # libc++ is compiled, and the CPU emulat
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("neon")
-    return kernel_table.build(folder, f"{sys.executable} -m ziglang c++", "aarch64-linux-musl")
+def program():
+    return kernel_table.build("neon", f"{sys.executable} -m ziglang c++", "aarch64-linux-musl")
 
 
 def run(program, cpu, *arguments):

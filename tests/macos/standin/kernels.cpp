@@ -1,6 +1,7 @@
 #include "kernels.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <mutex>
 #include <stdexcept>
@@ -10,11 +11,12 @@
 namespace standin {
 namespace {
 
-// Returns the path of the library, or a diagnosis that begins with '!'. The answer is copied into
-// `answer`.
-using Compiler = void (*)(const char* text, char* answer, int64_t capacity);
+// Compiles a check build or a typed one. Copies the path of the library into `answer`, or a
+// diagnosis that begins with '!'.
+using Compiler = void (*)(const char* text, bool checks, char* answer, int64_t capacity);
 
 Compiler compiler = nullptr;
+std::atomic<bool> checks = false; // whether check builds are run
 std::mutex mutex;
 std::string dispatches; // a line each
 
@@ -30,19 +32,26 @@ void note(const std::string& name, const uint64_t threads[3], const uint64_t gro
 
 } // namespace
 
-std::shared_ptr<msl::Library> compile(const std::string& text) {
-  if (compiler == nullptr)
-    throw std::runtime_error("the test has set no Metal compiler");
-  std::vector<char> answer(1 << 14);
-  compiler(text.c_str(), answer.data(), int64_t(answer.size()));
-  if (answer[0] == '!')
-    throw std::runtime_error(answer.data() + 1);
-  return std::make_shared<msl::Library>(answer.data());
+const msl::Library& Program::library() {
+  static std::mutex building;
+  const std::lock_guard lock(building);
+  const bool checks = standin::checks;
+  auto& build = builds_[checks];
+  if (build == nullptr) {
+    if (compiler == nullptr)
+      throw std::runtime_error("the test has set no Metal compiler");
+    std::vector<char> answer(1 << 14);
+    compiler(text_.c_str(), checks, answer.data(), int64_t(answer.size()));
+    if (answer[0] == '!')
+      throw std::runtime_error(answer.data() + 1);
+    build = std::make_unique<msl::Library>(answer.data());
+  }
+  return *build;
 }
 
 std::vector<Access> run(Call& call) {
   note(call.pipeline.name, call.threads, call.group);
-  const auto& library = *call.pipeline.library;
+  const auto& library = call.pipeline.program->library();
   std::vector<msl_buffer> buffers(call.arguments.size());
   for (size_t i = 0; i < buffers.size(); ++i) {
     auto& a = call.arguments[i];
@@ -68,7 +77,10 @@ std::vector<Access> run(Call& call) {
   library.run(dispatch);
 
   std::vector<Access> accesses;
-  const auto add = [&](const msl_buffer& buffer, uint64_t begin, uint64_t end, bool written) {
+  const auto add = [&](size_t n, uint64_t begin, uint64_t end, bool written) {
+    if (n < buffers.size() && !call.arguments[n].bytes.empty())
+      return; // a copy that only this call has
+    const auto& buffer = n < buffers.size() ? buffers[n] : resident[n - buffers.size()];
     const auto* data = static_cast<const std::byte*>(buffer.data);
     accesses.push_back({data + begin, data + end, written});
   };
@@ -76,12 +88,11 @@ std::vector<Access> run(Call& call) {
   for (size_t n = 0; n < count && library.checks(); ++n)
     for (const bool written : {false, true})
       for (const auto& range : library.touched(uint32_t(n), written))
-        add(n < buffers.size() ? buffers[n] : resident[n - buffers.size()], range.begin, range.end,
-            written);
+        add(n, range.begin, range.end, written);
   if (!library.checks())
     for (const auto* parameter : parameters)
       if (parameter->index < buffers.size() && buffers[parameter->index].data != nullptr)
-        add(buffers[parameter->index], 0, 1, !parameter->is_const);
+        add(parameter->index, 0, 1, !parameter->is_const);
   return accesses;
 }
 
@@ -90,6 +101,9 @@ std::vector<Access> run(Call& call) {
 STANDIN_EXPORT void standin_set_compiler(standin::Compiler compiler) {
   standin::compiler = compiler;
 }
+
+// From now on check builds are run, or typed ones.
+STANDIN_EXPORT void standin_set_checks(bool checks) { standin::checks = checks; }
 
 // Kernel, threads and threads of a threadgroup of each dispatch so far; valid until the next call.
 STANDIN_EXPORT const char* standin_dispatches() {

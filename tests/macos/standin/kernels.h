@@ -11,15 +11,24 @@
 
 namespace standin {
 
-// What a pipeline state is to Metal.
-struct Pipeline {
-  std::shared_ptr<msl::Library> library;
-  std::string name;
+// Metal text, compiled through the function that the test set: each build when it is first run.
+class Program {
+public:
+  // Compiles what the mode asks for. Throws std::runtime_error with what the compiler says.
+  explicit Program(std::string text) : text_(std::move(text)) { library(); }
+  // The build of the mode that is set.
+  const msl::Library& library();
+
+private:
+  std::string text_;
+  std::unique_ptr<msl::Library> builds_[2]; // typed, check
 };
 
-// Compiles Metal text through the function that the test set. Throws std::runtime_error with what
-// the compiler says.
-std::shared_ptr<msl::Library> compile(const std::string& text);
+// What a pipeline state is to Metal.
+struct Pipeline {
+  std::shared_ptr<Program> program;
+  std::string name;
+};
 
 // What is bound to an index: memory of a tensor, or the bytes of setBytes.
 struct Argument {
@@ -45,8 +54,9 @@ struct Access {
   bool written;
 };
 
-// Runs the call and notes it. The check build gives every byte that was touched; the typed build
-// one byte for each binding, its first. Throws std::runtime_error with what the executor found.
+// Runs the call and notes it. The check build gives every byte of memory that was touched; the
+// typed build one byte for each binding, its first. Throws std::runtime_error with what the
+// executor found.
 std::vector<Access> run(Call& call);
 
 } // namespace standin

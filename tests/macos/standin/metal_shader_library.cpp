@@ -29,9 +29,9 @@ struct Encoding {
 };
 
 Pipeline pipeline(void* library, const std::string& name) {
-  const auto& compiled = *static_cast<std::shared_ptr<msl::Library>*>(library);
-  TORCH_CHECK(compiled->has(name), "no kernel is called ", name);
-  return {compiled, name};
+  const auto& program = *static_cast<std::shared_ptr<Program>*>(library);
+  TORCH_CHECK(program->library().has(name), "no kernel is called ", name);
+  return {program, name};
 }
 
 // The library's handle is for its own class and for those that derive from it.
@@ -116,7 +116,7 @@ MetalShaderLibrary::~MetalShaderLibrary() = default;
 MTLLibrary_t MetalShaderLibrary::getLibrary() {
   try {
     if (library == nullptr)
-      library = new std::shared_ptr<msl::Library>(standin::compile(shaderSource));
+      library = new std::shared_ptr(std::make_shared<standin::Program>(shaderSource));
   } catch (const std::runtime_error& error) {
     TORCH_CHECK(false, error.what());
   }

@@ -3,11 +3,12 @@
 // an error: a barrier is missing.
 #include "../../../csrc/metal/sink.h"
 
+#include <algorithm>
 #include <memory>
 #include <stdexcept>
 
 #include "export.h"
-#include "kernels.h"
+#include "plan_records.h"
 #include "queue.h"
 
 namespace standin {
@@ -18,7 +19,16 @@ struct Statistics {
 };
 
 Statistics statistics;
-int64_t ignored_barrier = -1; // of each submission, counted from 0: a test removes it
+std::vector<Record> last_records;
+
+// What a bug in the encoder would do, planted by a test in each submission.
+struct Slip {
+  enum Kind { none, no_barrier, buffers_swapped, arguments_swapped, grid_cut } kind = none;
+  int64_t number = 0; // of the barrier or the dispatch, from 0
+  unsigned index = 0; // the first of two neighbouring buffers
+};
+
+Slip slip;
 
 class PlanSink final : public q4metal::mps::CommandSink {
 public:
@@ -48,21 +58,39 @@ public:
       next_.group[axis] = launch.threads[axis];
     }
     groups_.back().push_back(next_);
+    if (slip.kind != Slip::none && slip.number == dispatches_++)
+      spoil(groups_.back().back());
     ++statistics.dispatches;
   }
 
   void barrier() override {
     ++statistics.barriers;
-    if (barriers_++ != ignored_barrier)
+    if (slip.kind != Slip::no_barrier || slip.number != barriers_++)
       groups_.emplace_back();
   }
 
   void execute() {
+    last_records.clear();
     for (auto& group : groups_)
       execute(group);
   }
 
 private:
+  static void spoil(Call& call) {
+    if (slip.kind == Slip::buffers_swapped)
+      std::swap(call.arguments.at(slip.index), call.arguments.at(slip.index + 1));
+    if (slip.kind == Slip::arguments_swapped) {
+      auto& bytes = call.arguments.back().bytes;
+      std::rotate(bytes.begin(), bytes.begin() + 4, bytes.begin() + 8);
+    }
+    if (slip.kind == Slip::grid_cut) { // by its last threadgroup
+      const auto groups = [&](int axis) { return call.threads[axis] / call.group[axis]; };
+      const int axis = groups(0) > 1 ? 0 : groups(1) > 1 ? 1 : 2;
+      if (groups(axis) > 1)
+        call.threads[axis] -= call.group[axis];
+    }
+  }
+
   Argument& argument(unsigned index) {
     if (next_.arguments.size() <= index)
       next_.arguments.resize(index + 1);
@@ -73,8 +101,10 @@ private:
 
   void execute(std::vector<Call>& group) {
     std::vector<std::pair<Access, std::string>> touched;
+    const size_t first = last_records.size();
     for (auto call = group.rbegin(); call != group.rend(); ++call) {
       const auto accesses = run(*call);
+      last_records.insert(last_records.begin() + first, {call->pipeline.name, accesses});
       for (const Access& a : accesses)
         for (const auto& [b, other] : touched)
           if ((a.written || b.written) && a.begin < b.end && b.begin < a.end)
@@ -87,10 +117,13 @@ private:
 
   Call next_{};
   std::vector<std::vector<Call>> groups_{1}; // a barrier between each and the next
-  int64_t barriers_ = 0;
+  int64_t barriers_ = 0, dispatches_ = 0;
 };
 
 } // namespace
+
+const std::vector<Record>& records() { return last_records; }
+
 } // namespace standin
 
 namespace q4metal::mps {
@@ -113,5 +146,7 @@ STANDIN_EXPORT void standin_plan_statistics(int64_t* three) {
   three[2] = standin::statistics.barriers;
 }
 
-// From now on the barrier of this number (from 0) of each submission is not there; -1: all are.
-STANDIN_EXPORT void standin_ignore_barrier(int64_t number) { standin::ignored_barrier = number; }
+// From now on each submission has this slip.
+STANDIN_EXPORT void standin_plant(int kind, int64_t number, unsigned index) {
+  standin::slip = {standin::Slip::Kind(kind), number, index};
+}

@@ -16,6 +16,7 @@ from zmq_ring import close, free_address, new_key, zmq_ring
 from torch_q4metal.errors import PipelineError
 from torch_q4metal.generation import decode_together, generate_step
 from torch_q4metal.models import load_model
+from torch_q4metal.pipeline import zmq_transport
 from torch_q4metal.pipeline.zmq_address import Address
 from torch_q4metal.pipeline.zmq_transport import ZmqTransport
 
@@ -253,8 +254,25 @@ def kill(transport):
 
 
 def test_nobody_there():
-    with pytest.raises(PipelineError, match=r"rank 1 heard nothing from rank 0 at 127.* in time"):
-        ZmqTransport(1, 2, free_address(), new_key(), join_timeout=0.2)
+    address = free_address()
+    text = rf"rank 1 does not reach rank 0 in time: {address} refuses the connection: nothing liste"
+    with pytest.raises(PipelineError, match=text):
+        ZmqTransport(1, 2, address, new_key(), join_timeout=0.2)
+
+
+def test_a_rank_that_waits_says_what_is_in_the_way(monkeypatch, caplog):
+    """Once, and goes on waiting."""
+    monkeypatch.setattr(zmq_transport, "_LOOK_AFTER", 0.1)
+    key, address, joined = new_key(), free_address(), []
+    join = threading.Thread(target=lambda: joined.append(ZmqTransport(1, 2, address, key)))
+    with caplog.at_level(logging.WARNING):
+        join.start()
+        wait_for_log(caplog, f"rank 1 still waits for rank 0: {address} refuses the connection")
+        time.sleep(0.3)
+        first = ZmqTransport(0, 2, address, key)
+        join.join(20)
+    assert caplog.text.count("still waits") == 1
+    close([first, *joined])
 
 
 @pytest.mark.parametrize("bind", ["0.0.0.0", "::", "*"])

@@ -68,12 +68,11 @@ class Member:
     address: str
     port: int
 
-    def unreachable(self, reason: str) -> str:
-        """What to say if it does not answer."""
+    def unreachable(self, why: str) -> str:
+        """What to say if it is not reached; ``why`` is a sentence."""
         return (
-            f"rank {self.rank} on {self.host} at {self.address} port {self.port} cannot be reached "
-            f"from {socket.gethostname()} ({reason}); python -m torch_q4metal.doctor --cluster in "
-            "place of the chat looks for the cause."
+            f"rank {self.rank} on {self.host} is not reached from {socket.gethostname()}, which "
+            f"has to know whether it lives: {why}"
         )
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import PipelineError
+from .diagnosis import explain
 from .liveness import CONNECT_SECONDS, LINE_BYTES, Event, Member, Waker, line_of, words_of
 
 logger = logging.getLogger(__name__)
@@ -92,8 +93,8 @@ class TcpChannel:
             link = socket.create_connection((member.address, member.port), CONNECT_SECONDS)
             nonce = _read_line(link)["nonce"]
         except (OSError, ValueError, KeyError) as error:
-            reason = getattr(error, "strerror", None) or str(error) or "no answer"
-            raise PipelineError(member.unreachable(reason)) from error
+            why = explain(error, f"{member.address}:{member.port}")
+            raise PipelineError(member.unreachable(why)) from error
         link.sendall(line_of({"rank": self._rank, "proof": self._proof(nonce)}))
         link.setblocking(False)
         return link

@@ -15,6 +15,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from ..errors import PipelineError
+from .addresses import why_unreachable
 from .key_file import Key
 from .liveness import CONNECT_SECONDS, LINE_BYTES, Event, Member, Waker, line_of, words_of
 from .zmq_address import Address, connect, listen_beside
@@ -23,6 +24,7 @@ from .zmq_watch import DOMAIN, KeyCheck
 logger = logging.getLogger(__name__)
 
 _AHEAD = 8  # lines that wait for a rank that reads none
+_LOOK_SECONDS = 3.0  # to find out why a rank does not answer
 _LINGER = 200  # milliseconds to deliver a goodbye
 
 Socket = zmq.Socket[bytes]
@@ -113,10 +115,12 @@ class ZmqChannel:
         deadline = time.monotonic() + CONNECT_SECONDS
         while monitor.poll(max(0, int(1000 * (deadline - time.monotonic())))):
             if recv_monitor_message(monitor)["event"] != zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                raise PipelineError(member.unreachable("it refuses the connection"))
+                break
             client.send(line_of({"rank": rank}), zmq.NOBLOCK)
             return
-        raise PipelineError(member.unreachable("it does not answer"))
+        why = why_unreachable(member.address, member.port, _LOOK_SECONDS)
+        why = why or f"{member.address}:{member.port} does not take this rank's key."
+        raise PipelineError(member.unreachable(why))
 
     def _sort(self, identity: zmq.Frame, line: zmq.Frame) -> list[Event]:
         """Whose line it is; the first one of a connection says."""

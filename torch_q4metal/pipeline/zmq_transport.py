@@ -20,6 +20,7 @@ import atexit
 import json
 import logging
 import socket
+import threading
 import time
 from collections import deque
 from typing import Any
@@ -28,6 +29,7 @@ import zmq
 from torch import Tensor
 
 from ..errors import PipelineError
+from .addresses import why_unreachable
 from .driver import interrupts_deferred
 from .key_file import Key
 from .zmq_address import Address, connect, listen_first, listen_later
@@ -40,7 +42,9 @@ _LARGEST = 1 << 31  # bytes of a message, as transport.py says
 _CLOSING = 5.0  # seconds to deliver what was sent
 _GRACE = 2.0  # seconds to let rank 0 be the first to go
 _RETRY_MS = 1  # between attempts to send to a receiver that is behind
-_HELLO = 1 << 16  # bytes of a message of the joining, at most
+_JOIN_RETRY_MS = 10  # between looks at whether a connection stands
+_LOOK_AFTER = 5.0  # seconds without a connection after which this rank looks why
+_LOOK_SECONDS = 3.0  # for a look
 
 Socket = zmq.Socket[bytes]
 
@@ -212,24 +216,27 @@ class ZmqTransport:
         refusal = (
             f"{rank_0} does not take this rank's key; copy the key file of rank 0 to this machine"
         )
-        star = self._client(rank_0, refusal, is_star=True)
-        before = self._client(f"rank {self.rank - 1}", refusal)
-        last = self._client(rank_0, refusal) if is_last else None
+        star, star_is_up = self._client(rank_0, refusal, is_star=True)
+        before, before_is_up = self._client(f"rank {self.rank - 1}", refusal)
+        last = self._client(rank_0, refusal)[0] if is_last else None
         server, names = (None, {}) if is_last else self._server()
         self.watch.start()
         if server is not None:
             self.address = listen_later(server, self.rank, first, bind)
+        logger.info("rank %d waits for rank 0 at %s", self.rank, first)
         connect(star, first)
         hello = {
             "join": self.rank, "world_size": self.world_size, "listens": str(self.address or "")
         }  # fmt: skip
         star.send(_packed(hello | {"host": socket.gethostname()}))
-        logger.info("rank %d waits for rank 0 at %s", self.rank, first)
+        self._wait_for_link(star_is_up, "rank 0", first)
         _, told, _ = self._hear(star, rank_0)
         if "refused" in told:
             raise PipelineError(told["refused"])
-        connect(before, Address.parse(told["before"]) if told["before"] else first)
+        where = Address.parse(told["before"]) if told["before"] else first
+        connect(before, where)
         before.send(_packed({"link": self.rank - 1}))
+        self._wait_for_link(before_is_up, told["name"], where)
         self._in = _Link(before, told["name"], None)
         if last is not None:
             connect(last, first)
@@ -250,6 +257,26 @@ class ZmqTransport:
             return f"there is a rank {rank} already; give each process its own --rank."
         return None
 
+    def _wait_for_link(self, is_up: threading.Event, name: str, where: Address) -> None:
+        """Returns once a connection stands; says meanwhile what seems to be in the way.
+
+        Raises PipelineError if it cannot be made, or not in time.
+        """
+        why, look = "", time.monotonic() + _LOOK_AFTER
+        while not is_up.is_set():
+            if self.watch.alarm.poll(_JOIN_RETRY_MS):
+                raise self._gone()
+            now = time.monotonic()
+            if now < min(look, self._deadline):
+                continue
+            found = why_unreachable(where.host, where.port, _LOOK_SECONDS)
+            if now >= self._deadline:
+                found = found or f"{where} answers, but not as a rank of this cluster does."
+                raise PipelineError(f"rank {self.rank} does not reach {name} in time: {found}")
+            if found and found != why:
+                logger.warning("rank %d still waits for %s: %s", self.rank, name, found)
+            why, look = found or why, time.monotonic() + _LOOK_AFTER
+
     def _hear(self, source: Socket, whom: str) -> tuple[bytes, dict[str, Any], int]:
         """(identity, content, descriptor of the connection) of the next message of the joining."""
         poller = zmq.Poller()
@@ -266,7 +293,8 @@ class ZmqTransport:
             raise self._gone()
         raise PipelineError(
             f"rank {self.rank} heard nothing from {whom} in time; is it started, and does a "
-            "firewall let it through?"
+            "firewall let it through? On its machine, python -m torch_q4metal.doctor --cluster "
+            "--connect HOST:PORT looks."
         )
 
     # ---- sockets
@@ -287,12 +315,13 @@ class ZmqTransport:
         made.router_mandatory = True  # an error for a peer that is gone
         return made, self.watch.add_server(made)
 
-    def _client(self, name: str, refusal: str, is_star: bool = False) -> Socket:
-        """A socket that will connect to one other rank."""
+    def _client(
+        self, name: str, refusal: str, is_star: bool = False
+    ) -> tuple[Socket, threading.Event]:
+        """A socket that will connect to one other rank, and what is set once it has."""
         made = self._socket(zmq.DEALER)
         made.curve_serverkey = self.key.public
-        self.watch.add_client(made, name, refusal, is_star)
-        return made
+        return made, self.watch.add_client(made, name, refusal, is_star)
 
 
 class _Link:

@@ -55,14 +55,17 @@ class Watch:
 
     def add_client(
         self, connecting: zmq.Socket[bytes], name: str, refusal: str, is_star: bool = False
-    ) -> None:
+    ) -> threading.Event:
         """Before ``start``: watches a socket with one connection, to ``name``.
 
         ``refusal``  what to say if the other side does not take this rank's key
+        Returns what is set once the connection stands.
         """
         monitor = connecting.get_monitor_socket(_EVENTS)
-        self._monitors[monitor] = _Client(name, refusal)
+        client = _Client(name, refusal)
+        self._monitors[monitor] = client
         self._star = monitor if is_star else self._star
+        return client.is_up
 
     def add_server(self, listening: zmq.Socket[bytes]) -> dict[int, str]:
         """Before ``start``: watches a socket that others connect to.
@@ -136,15 +139,15 @@ class _Client:
 
     def __init__(self, name: str, refusal: str) -> None:
         self._name, self._refusal = name, refusal
-        self._is_up = False
+        self.is_up = threading.Event()
 
     def hear(self, monitor: zmq.Socket[bytes]) -> str | None:
         event = recv_monitor_message(monitor)["event"]
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            self._is_up = True
-        elif event in _FAILED and not self._is_up:
+            self.is_up.set()
+        elif event in _FAILED and not self.is_up.is_set():
             return self._refusal
-        elif event == zmq.EVENT_DISCONNECTED and self._is_up:
+        elif event == zmq.EVENT_DISCONNECTED and self.is_up.is_set():
             return f"the link to {self._name} is gone"
         return None
 

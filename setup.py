@@ -80,6 +80,7 @@ if sys.platform == "darwin":
         "csrc/metal/library.mm",
         "csrc/metal/ops_mps.mm",
         "csrc/metal/pipelines.cpp",
+        "csrc/metal/read_probe_mps.cpp",
         "csrc/metal/sink.mm",
     ]
     # A wrong selector is only a warning otherwise.

@@ -4,12 +4,14 @@ Prompts are random tokens, one for each text of ``--batch``; decoding is greedy 
 tokens. Reported are medians of ``--repeats`` runs after one run that is not counted. ``--json``
 makes the last line of stdout one JSON object. GB/s are 10**9 bytes a second. Under torchrun the
 ranks compute together; memory is rank 0's.
+
+``--mac`` measures Metal kernels, and models of the shapes in predictions.py, and says which of the
+README's predictions hold.
 """
 
 import functools
 import json
 import statistics
-import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -84,28 +86,6 @@ def read_probe_gb_s(threads: int) -> float:
     return PROBE_BYTES / min(statistics.median(seconds) for seconds in ways) / 1e9
 
 
-def _run_once(model: "CausalLM", prompts: list[list[int]], tokens: int) -> tuple[float, float]:
-    """(seconds until all texts have a token, tokens a second after that)."""
-    from .generation import decode_together
-
-    times: list[float] = []
-    begun: set[int] = set()
-    first = 0
-
-    def take(index: int, token: int, last: bool) -> bool:
-        nonlocal first
-        times.append(time.perf_counter())
-        if index not in begun:
-            begun.add(index)
-            first = len(times) - 1
-        return False
-
-    begin = time.perf_counter()
-    decode_together(model, [list(prompt) for prompt in prompts], tokens, take)
-    later = len(times) - 1 - first
-    return times[first] - begin, later / (times[-1] - times[first])
-
-
 def measure(
     path_or_id: str,
     prompt_tokens: int,
@@ -126,6 +106,7 @@ def measure(
 
     from . import __version__, ops
     from .checkpoint import Checkpoint
+    from .decode_time import time_decoding
     from .hub import resolve_model
     from .machine import cpu_name, peak_rss
     from .memory import kv_bytes_per_token
@@ -148,8 +129,8 @@ def measure(
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.vocab_size
     prompts = torch.randint(vocabulary, (batch, prompt_tokens), generator=generator).tolist()
-    _run_once(model, prompts, min(generation_tokens, 8))
-    runs = [_run_once(model, prompts, generation_tokens) for _ in range(repeats)]
+    time_decoding(model, prompts, min(generation_tokens, 8))
+    runs = [time_decoding(model, prompts, generation_tokens) for _ in range(repeats)]
     stages = [] if model.engine is None else model.engine.stages
     if model.engine is not None:
         model.engine.close()
@@ -214,6 +195,21 @@ def _print_table(result: Result) -> None:
     Console().print(table)
 
 
+def _measure_mac(size: int | None, repeats: int, tokens: int, as_json: bool) -> None:
+    from .bench_mac import measure as measure_mac
+
+    where, rows = measure_mac(size, repeats, tokens)
+    print(f"{where}; predicted numbers are those of the README")
+    print(f"{'measured':<46} {'':>10} {'':<10} {'predicted':>16}")
+    done = []
+    for row in rows:  # each as it comes: all of them take minutes
+        print(row, flush=True)
+        done.append(row)
+    if as_json:
+        found = [asdict(row) | {"verdict": row.verdict} for row in done]
+        print(json.dumps({"device": where, "rows": found}))
+
+
 @app.command()
 def main(
     model: Annotated[
@@ -255,6 +251,16 @@ def main(
     interface: Annotated[
         str | None, typer.Option(help="under torchrun, the network that other machines are on")
     ] = None,
+    mac: Annotated[
+        bool,
+        typer.Option("--mac", help="test the README's predictions for Apple chips, on a Mac"),
+    ] = False,
+    mac_bytes: Annotated[
+        int | None,
+        typer.Option(
+            "--mac-bytes", help="weights of a pass with --mac, and of each model, at most"
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="last line of stdout: one JSON object")
     ] = False,
@@ -262,6 +268,9 @@ def main(
 ) -> None:
     """Measures prefill and decode speed, and memory, of one model."""
     show_log(debug=debug)
+    if mac or mac_bytes is not None:
+        _measure_mac(mac_bytes, repeats, generation_tokens, as_json)
+        return
     import torch  # noqa: F401
 
     from .machine import peak_rss

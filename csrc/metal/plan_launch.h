@@ -17,6 +17,7 @@
 //   plan_argmax      0 logits  1 tokens int64 [R]  2 ArgmaxArgs
 //   plan_sample      0 logits  1 sampling Sampling [R]  2 positions  3 tokens  4 ArgmaxArgs
 //   plan_copy        0 from  1 to  2 CopyArgs                       (take_hidden and give_hidden)
+//   read_probe       0 data  1 sums uint32  2 ProbeArgs             (no step: a measurement)
 // float32, rows contiguous: hidden [R, H], queries and attention's out [R, heads * head_dim], rope
 // [R, 2, head_dim] (cos, sin), activation [R, I], logits [R, V], partial [R, chunks, heads,
 // head_dim + 2]. positions int64 [R], block_tables int32 [R, table_stride].
@@ -105,6 +106,11 @@ struct CopyArgs {
 };
 static_assert(sizeof(CopyArgs) == 4, "the host and the kernels must agree");
 
+struct ProbeArgs {
+  uint32_t count; // of 16 bytes each
+};
+static_assert(sizeof(ProbeArgs) == 4, "the host and the kernels must agree");
+
 // ---- variants
 
 Q4_CONSTANT int kBlockPositions = 32; // of a KV block
@@ -121,6 +127,8 @@ Q4_CONSTANT int kMaxSharedHeads = 8;  // query heads that read a chunk together
 Q4_CONSTANT int kPairFeatures = 2;    // of gate, and of up, a simdgroup
 Q4_CONSTANT int kTokenThreads = 1024; // of plan_argmax and plan_sample, which take one row each
 Q4_CONSTANT int kCopyThreads = 256;
+Q4_CONSTANT int kProbeThreads = 256;
+Q4_CONSTANT int kProbeGroups = 1024; // enough for the largest GPU to hide its memory's latency
 
 #ifndef __METAL_VERSION__
 
@@ -185,6 +193,10 @@ constexpr Launch sample_launch(int64_t rows) { return argmax_launch(rows); }
 
 constexpr Launch copy_launch(int64_t count) {
   return Launch{{div_up(count, kCopyThreads), 1, 1}, {uint32_t(kCopyThreads), 1, 1}};
+}
+
+constexpr Launch read_probe_launch() {
+  return Launch{{uint32_t(kProbeGroups), 1, 1}, {uint32_t(kProbeThreads), 1, 1}};
 }
 
 // ---- names
@@ -270,6 +282,7 @@ inline Kernel head_kernel(const Format& matrix, int rows) {
 inline Kernel argmax_kernel() { return {"plan_token", "plan_argmax", ""}; }
 inline Kernel sample_kernel() { return {"plan_sample", "plan_sample", ""}; }
 inline Kernel copy_kernel() { return {"plan_token", "plan_copy", ""}; }
+inline Kernel read_probe_kernel() { return {"read_probe", "read_probe", ""}; }
 
 #endif
 

@@ -62,4 +62,5 @@ int main() {
   print(argmax_kernel());
   print(sample_kernel());
   print(copy_kernel());
+  print(read_probe_kernel());
 }

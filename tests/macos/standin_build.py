@@ -33,6 +33,7 @@ UNITS = {
         "csrc/metal/decode_step_mps.cpp",
         "csrc/metal/ops_mps.mm",
         "csrc/metal/pipelines.cpp",
+        "csrc/metal/read_probe_mps.cpp",
     ],
     "torch": [
         "tests/macos/standin/aten_mps.cpp",
@@ -205,6 +206,7 @@ class Standin:
             "_mps_releaseEvent": lambda number: self._events.pop(number, None),
             "_mps_recordEvent": record_event,
             "_mps_synchronizeEvent": synchronize_event,
+            "_mps_emptyCache": lambda: None,  # it keeps nothing that was freed
             "_mps_deviceSynchronize": lambda: self._library.standin_wait_for_all(),
             "_mps_maxBufferLength": lambda: 4 << 30,
             "_mps_recommendedMaxMemory": lambda: 5 << 30,

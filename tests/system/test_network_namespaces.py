@@ -4,13 +4,14 @@ Through the real ``torchrun --nnodes`` and through ``torch_q4metal.cluster``.
 """
 
 import json
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
 import tiny
-from namespaces import network
+from namespaces import call, network
 
 PROMPT = "What a fine day it is. " * 30  # several packets of residual rows
 QUESTION = ["--prompt", PROMPT, "--json", "--no-stats", "-n", "12", "--temp", "0"]
@@ -112,9 +113,11 @@ def test_hosts_write_what_one_process_writes(
 def test_the_doctor_measures_the_links(tmp_path, start, record_property):
     """Near what they are: 20 ms each way and 100 Mbit/s, which Python relays."""
     key = keygen(tmp_path)
+    words = ["--cluster", "--json"]
+    words += ["--interface", "eth0"] if start == "torchrun" else []
     with network(tmp_path, 2, 0.020) as hosts:
         processes = [
-            host.start(*command(start, hosts, host, key, "doctor"), "--cluster", "--json")
+            host.start(*command(start, hosts, host, key, "doctor"), *words, GLOO_SOCKET_IFNAME="")
             for host in hosts
         ]
         outputs = [process.communicate(timeout=120) for process in processes]
@@ -126,6 +129,41 @@ def test_the_doctor_measures_the_links(tmp_path, start, record_property):
     for link in links:
         assert 0.040 <= link["round_trip_s"] < 0.2
         assert 10e6 < 8 * link["bytes_s"] < 110e6
+
+
+def test_a_name_that_means_loopback_is_told_with_its_cure(tmp_path):
+    """This machine's name is no address of the namespaces. Both ranks say so, and gloo never."""
+    with network(tmp_path, 2, 0.001) as hosts:
+        processes = [
+            host.start(*command("torchrun", hosts, host, None), *QUESTION, GLOO_SOCKET_IFNAME="")
+            for host in hosts
+        ]
+        outputs = [process.communicate(timeout=120) for process in processes]
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 1
+        for host in hosts:
+            assert f"error: rank 0 on {socket.gethostname()} would be reached at 127." in errors
+            assert f"start it with --interface eth0 ({host.address})" in errors
+
+
+def test_a_firewall_is_told_with_its_cure(tmp_path):
+    """One that drops everything: packets to host 0 arrive, and nothing comes back."""
+    key = keygen(tmp_path)
+    with network(tmp_path, 2, 0.001) as hosts:
+        call("ip", "-n", hosts[0].name, "route", "add", "blackhole", hosts[1].address)
+        words = command("cluster", hosts, hosts[1], key)
+        words[words.index("--") :] = ["--join-timeout", 6, "--", "chat", "-p", "x"]
+        joining = hosts[1].start(*words)
+        looking = hosts[1].start(
+            sys.executable, "-m", "torch_q4metal.doctor", "--cluster", "--connect",
+            f"{hosts[0].address}:29400",
+        )  # fmt: skip
+        outputs = [process.communicate(timeout=120) for process in (joining, looking)]
+    assert (joining.returncode, looking.returncode) == (1, 1)
+    for _, errors in outputs:
+        assert f"{hosts[0].address}:29400 does not answer: it is off" in errors
+        assert "firewall drops what comes in; let TCP from this machine through" in errors
+    assert f"the way there  {hosts[1].address} eth0" in outputs[1][0]
 
 
 @pytest.mark.parametrize("delay", [0.001, 0.020])

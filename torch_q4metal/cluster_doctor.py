@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _TIMEOUT = 30.0  # seconds after which a silent rank is lost
 _CONNECT_SECONDS = 10.0
-_RESULT_BYTES = 104  # a message with one token id
+_RESULT_BYTES = 128  # a message with one token id
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ def table(ranks: list[RankFacts], links: list[LinkFacts], plan: Plan | None) -> 
     rows = [["rank", "host", "device", "threads", "memory free", "reads", "layers"]]
     rows[0] += ["link to", "round trip", "throughput"]
     for one, link in zip(ranks, links, strict=True):
-        layers = f"{plan.layers[one.rank].start}-{plan.layers[one.rank].stop - 1}" if plan else "-"
+        part = plan.layers[one.rank] if plan else range(0)
+        layers = "-".join(str(layer) for layer in sorted({*part[:1], *part[-1:]})) or "-"
         memory = "unknown" if one.memory is None else f"{one.memory / 1e9:.1f} GB"
         rows.append([
             str(one.rank), one.host, one.device, str(one.threads), memory,
@@ -121,7 +122,7 @@ def slowest(ranks: list[RankFacts], links: list[LinkFacts], plan: Plan | None) -
             f"{_rate(link.bytes_s)}; --model says which of them counts."
         )
     parts = [
-        (read / one.speed, f"{_name(one)}, which reads {read / 1e9:.3g} GB of weights a token")
+        (read / one.speed, f"{_name(one)}, which reads {_size(read)} of weights a token")
         for one, read in zip(ranks, plan.bytes_read, strict=True)
     ]
     for link in links:
@@ -142,6 +143,10 @@ def _as_json(ranks: list[RankFacts], links: list[LinkFacts], plan: Plan | None) 
         "layers": layers, "bytes_read": plan.bytes_read if plan else None,
         "slowest": slowest(ranks, links, plan),
     }  # fmt: skip
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _rate(bytes_s: float) -> str:

@@ -31,11 +31,13 @@ def test_the_table():
         "96 Mbit/s",
     ]
     assert "  -  " in table(RANKS, LINKS, None)[1]
+    one = Plan([range(27), range(27, 28)], [3e9, 1.2e9], 3584)
+    assert "  27  " in table(RANKS, LINKS, one)[2]
 
 
 def test_the_slowest_part():
     assert slowest(RANKS, LINKS, PLAN) == (
-        "The slowest part is rank 1 on box, which reads 1.2 GB of weights a token: 31.6 of the "
+        "The slowest part is rank 1 on box, which reads 1.20 GB of weights a token: 31.6 of the "
         "62.6 ms that a token takes at least, which is 16 tok/s at most."
     )
     slow = [LINKS[0], LinkFacts(1, 0, 0.2, 12e6)]

@@ -337,7 +337,8 @@ class _Stage:
             self.checkpoint = Checkpoint.open(self._path())
         except Q4MetalError as error:
             if settings.stream_weights and self._rank > 0:
-                logger.info("%s The weights come from rank 0.", error)
+                logger.info("the model is not on this machine: rank 0 sends what is needed of it")
+                logger.debug("%s", error)
                 return asdict(replace(info, streams=True))
             return self._failed(error, asdict(info))
         self.facts = facts_of(self.checkpoint)

@@ -10,13 +10,14 @@ that takes twice the timeout. It says "done" before it ends in good order.
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 
 from torch_q4metal.generation import generate_step
 from torch_q4metal.ops import read_probe
-from torch_q4metal.pipeline import launch, stage
+from torch_q4metal.pipeline import gloo, launch, stage
 from torch_q4metal.pipeline.handshake import Settings
 from torch_q4metal.pipeline.key_file import read_key
 from torch_q4metal.pipeline.zmq_address import Address
@@ -51,6 +52,8 @@ def main():
         take_place_in_cluster(key)
     if version := os.environ.get("VERSION"):
         launch.__version__ = version
+    if WHAT == "slow":  # gloo's own timeout is for connecting alone
+        gloo._CONNECT = timedelta(seconds=float(TIMEOUT))
     transport = launch.join()
     last = transport.rank == transport.world_size - 1
     watch = launch.watch_over(transport)

@@ -2,6 +2,8 @@
 
 ``python -m torch_q4metal.doctor`` also runs known-answer tests of all kernels of the devices that
 are there, a line each, and ends with exit code 1 if one fails.
+
+``--cluster`` measures all ranks of a cluster instead: cluster_doctor.py.
 """
 
 import importlib.metadata
@@ -137,7 +139,10 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="with --cluster: as JSON")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
 ) -> None:
-    """Prints versions, device, kernels, threads, caches and environment, and checks the kernels."""
+    """Prints versions, device, kernels, threads, caches and environment, and checks the kernels.
+
+    With --cluster: what every rank and every link between them does, and which is slowest.
+    """
     from .pipeline.launch import own_place
 
     place = own_place()

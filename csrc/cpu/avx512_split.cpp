@@ -20,7 +20,7 @@
 namespace q4metal::cpu {
 namespace {
 
-constexpr int64_t kPrefetchAhead = 1024; // bytes ahead in the one sequential stream of weights
+constexpr int64_t kPrefetchAhead = 4096; // bytes ahead in the one sequential stream of weights
 constexpr int kMostRows = int(kMaxMatvecRows);
 
 // How a step of 16 groups is read and prepared.

@@ -26,6 +26,9 @@ constexpr int64_t kSplit = 512;
 // Rows of a matrix that a thread takes at a time: 64 rows of K = 576 are 18 KB of one stream.
 constexpr int64_t kRowsPerPiece = 64;
 
+// Of a matrix's weights, asked for ahead of a barrier: some 1 us of reading. 64 KB were no better.
+constexpr int64_t kFetchedBytes = 16 << 10;
+
 int64_t splits_of(int64_t positions) { return (positions + kSplit - 1) / kSplit; }
 
 } // namespace
@@ -47,7 +50,8 @@ struct Executor::Workspace {
   std::vector<std::unique_ptr<Thread>> threads;
   size_t input_floats = 0, prepared_bytes = 0;
 
-  std::vector<std::atomic<int64_t>> next; // per step: the next piece to take
+  // [thread][step]: how many pieces of that thread's part of the step are taken.
+  std::vector<std::atomic<int64_t>> taken;
 
   void add_threads(int count) {
     while (int(threads.size()) < count) {
@@ -59,6 +63,13 @@ struct Executor::Workspace {
         prepared = take<std::byte>(at, prepared_bytes);
       threads.push_back(std::move(thread));
     }
+  }
+
+  void start(size_t steps) {
+    if (taken.size() < threads.size() * steps)
+      taken = std::vector<std::atomic<int64_t>>(threads.size() * steps);
+    for (auto& count : taken)
+      count.store(0, std::memory_order_relaxed);
   }
 };
 
@@ -104,7 +115,6 @@ Executor::Executor(plan::Plan plan, int64_t context)
   w.activation = take<float>(at, kMaxRows * shape.intermediate_size);
   w.rows_out = take<float>(at, kMaxRows * widest);
   w.rows_up = take<float>(at, kMaxRows * widest);
-  w.next = std::vector<std::atomic<int64_t>>(plan_.steps.size());
 }
 
 Executor::~Executor() = default;
@@ -123,8 +133,8 @@ template <typename Workspace> class Pass {
 public:
   Pass(const plan::Plan& plan, Workspace& workspace, const TokenInputs& inputs, int thread,
        int threads)
-      : plan_(plan), shape_(plan.shape), w_(workspace), in_(inputs), threads_(threads),
-        table_(kernels()), matvec_(table_.matvec(plan.shape.precision)),
+      : plan_(plan), shape_(plan.shape), w_(workspace), in_(inputs), thread_(thread),
+        threads_(threads), table_(kernels()), matvec_(table_.matvec(plan.shape.precision)),
         own_(*workspace.threads[thread]) {}
 
   void run(int index) {
@@ -156,22 +166,31 @@ public:
   }
 
 private:
-  // Calls body(i) for this thread's share of [0, count).
+  // Calls body(i) for i of [0, count): those of this thread's part, one after the other, so that a
+  // core reads one stream of weights; then what is left of the others' parts.
   template <typename Body> void share(int64_t count, const Body& body) {
-    for (;;) {
-      const int64_t i = w_.next[index_].fetch_add(1, std::memory_order_relaxed);
-      if (i >= count)
-        return;
-      body(i);
+    for (int other = 0; other < threads_; ++other) {
+      const int owner = (thread_ + other) % threads_;
+      auto& taken = w_.taken[owner * plan_.steps.size() + index_];
+      const int64_t first = first_of(count, owner), last = first_of(count, owner + 1);
+      for (;;) {
+        const int64_t i = first + taken.fetch_add(1, std::memory_order_relaxed);
+        if (i >= last)
+          break;
+        body(i);
+      }
     }
   }
 
+  int64_t first_of(int64_t count, int thread) const { return count * thread / threads_; }
+
   // Calls body(begin, end) for this thread's share of [0, size).
   template <typename Body> void share_rows(int64_t size, const Body& body) {
-    const int64_t pieces = (size + kRowsPerPiece - 1) / kRowsPerPiece;
-    share(pieces,
+    share(pieces_of(size),
           [&](int64_t i) { body(i * kRowsPerPiece, std::min((i + 1) * kRowsPerPiece, size)); });
   }
+
+  static int64_t pieces_of(int64_t size) { return (size + kRowsPerPiece - 1) / kRowsPerPiece; }
 
   // ---- the input of a step's matrices, prepared once by every thread for itself: that costs about
   // as much as a barrier and leaves the prepared rows in the thread's own cache.
@@ -221,7 +240,50 @@ private:
       y[n] = y[n] * inverse_rms_[m] + (segment.bias == nullptr ? 0.0f : segment.bias[n]);
   }
 
+public:
+  // Asks for the first weights of this thread's part of the next step that has any: memory is idle
+  // while threads wait for each other and prepare the input.
+  void fetch_ahead(int index) const {
+    const auto& steps = plan_.steps;
+    while (index < int(steps.size()) && !has_matvec(steps[index].kind))
+      ++index;
+    if (index == int(steps.size()))
+      return;
+    const Step& step = steps[index];
+    if (step.kind == StepKind::norm_qkv) {
+      const auto [s, head] = head_of(first_of(shape_.heads + 2 * shape_.kv_heads, thread_));
+      fetch(step.segments[s], head * shape_.head_dim);
+    } else {
+      for (const Segment& segment : step.segments)
+        fetch(segment, first_of(pieces_of(segment.out_features()), thread_) * kRowsPerPiece);
+    }
+  }
+
+private:
+  static bool has_matvec(StepKind kind) {
+    return kind == StepKind::norm_qkv || kind == StepKind::output ||
+           kind == StepKind::norm_gate_up || kind == StepKind::down || kind == StepKind::norm_head;
+  }
+
+  static void fetch(const Segment& segment, int64_t row) {
+    const auto* packed = std::get_if<PackedMatrix>(&segment.matrix);
+    if (packed == nullptr)
+      return;
+    const int64_t rows = std::min(kFetchedBytes / packed->row_stride() + 1, kRowsPerPiece);
+    const int64_t bytes = rows * packed->row_stride();
+    const uint8_t* weight = packed->weight + row * packed->row_stride();
+    for (int64_t b = 0; b < bytes; b += 64)
+      __builtin_prefetch(weight + b);
+  }
+
   // ---- steps
+
+  // Segment and head of a unit of norm_qkv.
+  std::pair<int, int64_t> head_of(int64_t unit) const {
+    const int64_t heads = shape_.heads, kv_heads = shape_.kv_heads;
+    const int s = unit < heads ? 0 : unit < heads + kv_heads ? 1 : 2;
+    return {s, s == 0 ? unit : (unit - heads) % kv_heads};
+  }
 
   void embed(const Step& step) {
     share(in_.rows, [&](int64_t m) {
@@ -239,8 +301,7 @@ private:
     const int64_t dim = shape_.head_dim, heads = shape_.heads, kv_heads = shape_.kv_heads;
     share(heads + 2 * kv_heads, [&](int64_t unit) {
       prepare_norm(step, w_.hidden);
-      const int s = unit < heads ? 0 : unit < heads + kv_heads ? 1 : 2;
-      const int64_t head = s == 0 ? unit : (unit - heads) % kv_heads;
+      const auto [s, head] = head_of(unit);
       const Segment& segment = step.segments[s];
       // Keys and values pass through scratch on their way to the cache.
       float* y = s == 0 ? w_.queries : s == 1 ? w_.rows_out : w_.rows_up;
@@ -365,7 +426,7 @@ private:
   const plan::Shape& shape_;
   Workspace& w_;
   const TokenInputs& in_;
-  const int threads_;
+  const int thread_, threads_;
   const KernelTable& table_;
   const MatvecKernel& matvec_;
   typename Workspace::Thread& own_;
@@ -392,8 +453,7 @@ bool Executor::run(const TokenInputs& inputs, int threads, void (*interrupted)()
     return true;
   }
   workspace_->add_threads(threads);
-  for (auto& counter : workspace_->next)
-    counter.store(0, std::memory_order_relaxed);
+  workspace_->start(plan_.steps.size());
   struct Region {
     Executor* self;
     const TokenInputs* inputs;
@@ -406,8 +466,10 @@ bool Executor::run(const TokenInputs& inputs, int threads, void (*interrupted)()
         auto& r = *static_cast<Region*>(context);
         Pass pass(r.self->plan_, *r.self->workspace_, *r.inputs, thread, r.threads);
         for (int i = 0; i < int(r.self->plan_.steps.size()); ++i) {
-          if (r.self->plan_.barrier_before[i])
+          if (r.self->plan_.barrier_before[i]) {
+            pass.fetch_ahead(i);
             r.barrier.wait();
+          }
           pass.run(i);
         }
       },

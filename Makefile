@@ -12,7 +12,7 @@ VENV = .venv
 PY = $(VENV)/bin/python
 SETUP = PYTHON="$(PYTHON)" VENV="$(VENV)" sh scripts/setup.sh
 SYSTEM_PACKAGES = qemu-user iproute2
-CXX_FILES = $$(find csrc tests/kernels tests/sanitizer -name '*.cpp' -o -name '*.h')
+CXX_FILES = $$(find csrc tests/kernels tests/sanitizer tests/macos tests/msl -name '*.cpp' -o -name '*.mm' -o -name '*.h')
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 # A prompt is passed on through the environment and as it is, so quotes and dollar signs survive.

@@ -1,9 +1,11 @@
 """Shared settings: the same random tensors and examples in every run, and no network.
 
-tests/long and tests/system run only where they are named: ``pytest tests/long``.
+tests/long and tests/system run only where they are named: ``pytest tests/long``. What else is left
+out on a machine stands at the end of the output, with the reason.
 """
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,16 +46,35 @@ def planted(request: pytest.FixtureRequest) -> Callable[[str, object], None]:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr
+        LEFT_OUT[report.nodeid] = str(reason).removeprefix("Skipped: ")
+    if LEFT_OUT:
+        terminalreporter.section("left out on this machine")
+        for name, reason in LEFT_OUT.items():
+            terminalreporter.write_line(f"{name}: {reason}")
     if bugs := config.stash.get(PLANTED, []):
         terminalreporter.section(f"{len(bugs)} planted bugs, each found")
         for bug in bugs:
             terminalreporter.write_line(bug)
 
 
+_PROC = "it reads /proc, which Linux has"
+LEFT_OUT = {
+    "tests/msl": "it runs Metal text on x86-64 Linux; here Metal runs it (tests/macos)",
+    "tests/macos/test_metal_objc.py": "the .mm files were compiled with the real headers",
+    "tests/pipeline/test_torchrun.py::test_each_rank_maps_only_its_own_bytes": _PROC,
+    "tests/pipeline/test_torchrun.py::test_a_quarter_of_the_layers_takes_a_quarter_of_the_memory":
+        _PROC,
+    "tests/pipeline/test_zmq_cluster.py::test_three_processes": _PROC,
+} if sys.platform == "darwin" else {}  # fmt: skip
+
 SLOW_FOLDERS = [Path(__file__).with_name(name) for name in ("long", "system")]
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if str(collection_path.relative_to(config.rootpath)) in LEFT_OUT:
+        return True
     if collection_path not in SLOW_FOLDERS:
         return None
     named = [Path(argument.split("::")[0]).resolve() for argument in config.args]
@@ -63,6 +84,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items[:] = [item for item in items if item.nodeid.partition("[")[0] not in LEFT_OUT]
     for item in items:
         if any(folder in item.path.parents for folder in SLOW_FOLDERS):
             item.add_marker(pytest.mark.long)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 from msl import library as msl_library
 from msl.build import MetalCompileError
@@ -269,7 +270,29 @@ class Standin:
         return self._library.standin_waits()
 
 
+class MetalDevice:
+    """The GPU of the Mac that tests run on, in the place of the stand-in.
+
+    What only the stand-in can do or tell ends a test there: it is left out, by name.
+    """
+
+    def __getattr__(self, name: str) -> object:
+        pytest.skip(f"it goes on with {name!r}, which only the stand-in of tests/macos has")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if value not in ("typed", None, 0):  # how it begins
+            pytest.skip(f"it sets {name!r}, which only the stand-in of tests/macos has")
+
+    def fallbacks(self) -> list[str]:
+        """Torch makes an error of an operator without a Metal kernel."""
+        return []
+
+    @property
+    def native(self) -> object:
+        return _extension.load()
+
+
 @cache
-def load() -> Standin:
-    """The stand-in of this process."""
-    return Standin()
+def load() -> Standin | MetalDevice:
+    """What tensors on "mps" are computed by, in this process."""
+    return MetalDevice() if torch.backends.mps.is_built() else Standin()

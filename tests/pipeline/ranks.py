@@ -43,6 +43,8 @@ worker.Worker = WeighedWorker
 
 def resident_bytes(path):
     """Bytes of the files in ``path`` that this process has mapped, and those in memory."""
+    if not Path("/proc/self/smaps").exists():
+        return 0, 0
     size = resident = 0
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():

@@ -413,7 +413,7 @@ def test_a_full_cache_is_named_before_anything_is_computed(tmp_path):
     assert cache.length == 32
 
 
-def test_every_barrier_is_needed_and_enough(tmp_path):
+def test_every_barrier_is_needed_and_enough(tmp_path, planted):
     plan = decode.DecodePlan(load(tmp_path)).native
     barriers = plan.barriers
     assert not plan.hazards(barriers)
@@ -423,6 +423,8 @@ def test_every_barrier_is_needed_and_enough(tmp_path):
         found = plan.hazards(without)
         assert found
         assert all(earlier < i <= later for earlier, later, _, _ in found)
+        earlier, later, buffer, kind = found[0]
+        planted(f"plan: no barrier before step {i}", f"steps {earlier}, {later}: {kind}, {buffer}")
     kinds = {kind for _, _, _, kind in plan.hazards([False] * len(barriers))}
     assert kinds == {"read after write", "write after read", "write after write"}
 

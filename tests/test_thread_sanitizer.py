@@ -18,7 +18,7 @@ def barriers_of_a_clean_run(program, **environment):
     return int(re.fullmatch(r"(\d+) barriers\n", output).group(1))
 
 
-def test_no_race_and_a_race_without_any_one_barrier(program):
+def test_no_race_and_a_race_without_any_one_barrier(program, planted):
     count = barriers_of_a_clean_run(program)
     assert count == 5 * 2 + 2  # five steps a layer, the head, argmax
     for i in range(count):
@@ -26,3 +26,5 @@ def test_no_race_and_a_race_without_any_one_barrier(program):
         assert status != 0, f"no race without barrier {i}: {output}"
         assert sanitized.RACE in output
         assert "executor.cpp" in output
+        removed, _, warning = output.partition("\n")
+        planted(f"executor: {removed}", warning.partition("WARNING: ")[2])

@@ -3,7 +3,6 @@
 clang (from the ziglang wheel) compiles the text, the host's C++ compiler the executor.
 """
 
-import functools
 import hashlib
 import os
 import re
@@ -82,18 +81,14 @@ def build(
 
     ``mode`` is "typed" or "check". Raises MetalCompileError.
     """
-    preprocess = functools.partial(_preprocess, text, name, include_dirs, defines)
-    # Without other files the text says it all, and the preprocessor need not be started.
-    is_whole = '#include "' not in text
-    content = "\0".join([text, name, *defines]) if is_whole else preprocess()
     key = hashlib.sha256()
-    for part in (content, mode, *_tool_parts()):
+    for part in (*_read_with_includes(text, include_dirs), name, *defines, mode, *_tool_parts()):
         key.update(part.encode() + b"\0")
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     result = folder / f"{Path(name).stem}-{mode}-{key.hexdigest()[:20]}.so"
     if not result.exists():
-        preprocessed = preprocess() if is_whole else content
+        preprocessed = _preprocess(text, name, include_dirs, defines)
         problems = lint(preprocessed)
         if problems:
             raise MetalCompileError("\n".join(problems))
@@ -116,6 +111,19 @@ def _prune(folder: Path) -> None:
     kept = sorted(folder.glob("*.so"), key=lambda f: f.stat().st_mtime)
     for old in kept[:-_KEPT_BUILDS]:
         old.unlink(missing_ok=True)
+
+
+def _read_with_includes(text: str, include_dirs: Sequence[Path]) -> list[str]:
+    """The text and all that it includes, by quotes, as far as it is there."""
+    texts, folders, seen = [text], list(include_dirs), set()
+    for found in texts:  # both lists grow
+        for name in re.findall(r'(?m)^\s*#\s*include\s+"([^"]+)"', found):
+            for file in [(folder / name).resolve() for folder in folders]:
+                if file not in seen and file.exists():
+                    seen.add(file)
+                    texts.append(file.read_text())
+                    folders.append(file.parent)
+    return texts
 
 
 def _preprocess(text: str, name: str, include_dirs: Sequence[Path], defines: Sequence[str]) -> str:

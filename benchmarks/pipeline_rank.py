@@ -56,8 +56,9 @@ def join() -> Transport:
     from torch_q4metal.pipeline.zmq_address import Address
     from torch_q4metal.pipeline.zmq_transport import ZmqTransport
 
-    first = Address("127.0.0.1", TASK["port"])
-    return ZmqTransport(rank, size, first, read_key(Path(TASK["key"])))
+    first, key = Address("127.0.0.1", TASK["port"]), read_key(Path(TASK["key"]))
+    launch.take_place(launch.Place(rank, size), lambda: ZmqTransport(rank, size, first, key))
+    return launch.join()
 
 
 @contextmanager
@@ -69,7 +70,8 @@ def loaded() -> Iterator[CausalLM]:
         yield launch.load(path, settings)
         return
     transport = join()
-    model = launch.lead(transport, lambda: path, settings, on_close=transport.close)
+    watch = launch.watch_over(transport)
+    model = launch.lead(transport, lambda: path, settings, watch, transport.close)
     yield model
     assert model.engine is not None
     model.engine.close()

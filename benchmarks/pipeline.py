@@ -2,10 +2,10 @@
 
 tok/s with 1, 2 and 4 stages, for one text and for four together; seconds to the first token of a
 prompt of several chunks, which follow each other through the stages or are each waited for; and
-what a hop takes: the seconds of a token that no stage's own layers account for, divided by the
-hops. Each stage has one thread and a CPU of its own, as far as there are so many. All tokens must
-be those of one process. Where the model is a Qwen2, mlx-lm's own pipeline decodes beside it, on
-MLX's CPU backend over its ring, with MLX's own choice of tokens.
+what a hop takes: the seconds of a token that no stage's layers and no drawing account for, less
+those of one process, divided by the hops. Each stage has one thread and a CPU of its own, as far
+as there are so many. All tokens must be those of one process. Where the model is a Qwen2, mlx-lm's
+own pipeline decodes beside it, on MLX's CPU backend over its ring, with MLX's own choice of tokens.
 
 Writes benchmarks/results/<date>-<cpu>-pipeline.md and .json.
 """
@@ -44,6 +44,7 @@ class Pipelines:
         self.notes: list[str] = []
         self._folder = folder
         self._expected: Any = None
+        self._besides_us = 0.0  # of a token of one process, beside its layers and drawing
 
     def run(self, model: str) -> list[dict[str, Any]]:
         """One row a combination of stages and transport."""
@@ -84,7 +85,10 @@ class Pipelines:
         if first["ids"] != self._expected:
             self.problems.append(f"{name}: tokens differ from those of one process")
         row = {"engine": "torch_q4metal", "stages": stages, "transport": transport}
-        hops = hop_us(answers) if stages > 1 else []
+        besides = besides_us(answers)
+        if stages == 1:
+            self._besides_us = statistics.median(besides)
+        hops = [(us - self._besides_us) / stages for us in besides] if stages > 1 else []
         return row | {name: first[name] for name in ("ids", *TIMES)} | {"hop_us": hops}
 
     def _mlx(self, path: Path, prompt: list[int], stages: int) -> dict[str, Any]:
@@ -134,13 +138,13 @@ class Pipelines:
             return [json.loads(out.read_text()) for _, _, out in processes]
 
 
-def hop_us(answers: list[dict[str, Any]]) -> list[float]:
-    """Of each round: microseconds of a token beyond all stages' layers, for one hop."""
+def besides_us(answers: list[dict[str, Any]]) -> list[float]:
+    """Of each round: microseconds of a token beside all stages' layers and the drawing."""
     passes = [dict(answer["passes"]) for answer in answers]
     found = []
     for token_s, alone in zip(answers[0]["token_s"], answers[0]["alone"], strict=True):
         compute = sum(statistics.mean(rank[number] for number in alone) for rank in passes)
-        found.append(1e6 * (token_s - compute) / len(answers))
+        found.append(1e6 * (token_s - compute))
     return found
 
 

@@ -1,13 +1,14 @@
 """One rank of pipeline.py: ``python pipeline_rank.py JSON``. Pins itself; writes what it measured.
 
-Every rank times its own layers, so that what a token takes besides can be laid to the hops.
+Every rank times its own layers, and the last one how it draws, so that what a token takes besides
+can be laid to the hops.
 """
 
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ if TASK["cores"]:  # before torch makes threads: they inherit it
 
 import torch  # noqa: E402
 
+from torch_q4metal import decode  # noqa: E402
+from torch_q4metal.engine import Choice  # noqa: E402
 from torch_q4metal.generation import decode_together, generate_step  # noqa: E402
 from torch_q4metal.models.base import PREFILL_CHUNK, CausalLM  # noqa: E402
 from torch_q4metal.pipeline import launch  # noqa: E402
@@ -27,21 +30,40 @@ from torch_q4metal.pipeline.stage import Stage  # noqa: E402
 from torch_q4metal.pipeline.transport import Transport  # noqa: E402
 
 
-class TimedStage:
-    """Wraps ``Stage.compute``. ``passes``: (number, seconds) of each pass of one token."""
+class TimedCompute:
+    """Wraps what computes. ``passes``: (number, seconds) of each pass of one token."""
 
     def __init__(self) -> None:
         self.passes: list[tuple[int, float]] = []
-        compute = Stage.compute
+        self._is_alone = False  # the last pass was of one token
+        compute, forward, draw = Stage.compute, decode.forward, Choice.draw
 
-        def timed(stage: Stage, work: Pass, *rest: Any) -> Any:
+        def timed_compute(stage: Stage, work: Pass, *rest: Any) -> Any:
+            return self._time(work.rows, work.number, lambda: compute(stage, work, *rest))
+
+        def timed_forward(model: CausalLM, ids: Any, cache: Any) -> Any:
+            rows, number = sum(map(len, ids)), len(self.passes)
+            return self._time(rows, number, lambda: forward(model, ids, cache))
+
+        def timed_draw(choice: Choice, tokens: Any, logits: Any) -> Any:
             begin = time.perf_counter()
-            result = compute(stage, work, *rest)
-            if work.rows == 1:
-                self.passes.append((work.number, time.perf_counter() - begin))
+            result = draw(choice, tokens, logits)
+            if self._is_alone:
+                number, seconds = self.passes[-1]
+                self.passes[-1] = number, seconds + time.perf_counter() - begin
             return result
 
-        Stage.compute = timed  # type: ignore[method-assign]
+        Stage.compute = timed_compute  # type: ignore[method-assign]
+        decode.forward = timed_forward
+        Choice.draw = timed_draw  # type: ignore[method-assign]
+
+    def _time(self, rows: int, number: int, run: Callable[[], Any]) -> Any:
+        begin = time.perf_counter()
+        result = run()
+        self._is_alone = rows == 1
+        if rows == 1:
+            self.passes.append((number, time.perf_counter() - begin))
+        return result
 
 
 def join() -> Transport:
@@ -77,7 +99,7 @@ def loaded() -> Iterator[CausalLM]:
     model.engine.close()
 
 
-def decode(model: CausalLM, prompts: list[list[int]]) -> tuple[list[list[int]], float]:
+def decode_timed(model: CausalLM, prompts: list[list[int]]) -> tuple[list[list[int]], float]:
     """(tokens of each text, seconds for one of each after the first)."""
     found: list[list[int]] = [[] for _ in prompts]
     times: list[float] = []
@@ -106,16 +128,16 @@ def prefill(model: CausalLM, overlapped: bool) -> tuple[int, float]:
     return token, time.perf_counter() - begin
 
 
-def measure(model: CausalLM, timed: TimedStage) -> dict[str, Any]:
+def measure(model: CausalLM, timed: TimedCompute) -> dict[str, Any]:
     short: list[int] = TASK["prompt"][:16]
     batch = [TASK["prompt"][i : i + 16] for i in range(4)]
     result: dict[str, Any] = {name: [] for name in ("token_s", "batch_s", "overlap_s", "waiting_s")}
     result["alone"] = []  # the passes of one text alone: what hops are reckoned from
     for number in range(TASK["rounds"] + 1):  # the first one warms up
         begin = len(timed.passes)
-        ids, token_s = decode(model, [short])
+        ids, token_s = decode_timed(model, [short])
         alone = [number for number, _ in timed.passes[begin:]]
-        together, batch_s = decode(model, batch)
+        together, batch_s = decode_timed(model, batch)
         first, overlap_s = prefill(model, overlapped=True)
         same, waiting_s = prefill(model, overlapped=False)
         result["ids"] = [ids[0], together, first, same]
@@ -129,7 +151,7 @@ def measure(model: CausalLM, timed: TimedStage) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(TASK["threads"])
-    timed = TimedStage()
+    timed = TimedCompute()
     result: dict[str, Any] = {}
     if TASK["rank"] == 0:
         with loaded() as model:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import signal
-import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
-from types import FrameType
 from typing import Any
 
 import torch
@@ -20,7 +16,8 @@ from ..cache import KVPool, Sequence
 from ..engine import Text
 from ..errors import PipelineError
 from ..models.base import MATVEC_ROWS, PREFILL_CHUNK, CausalLM
-from .message import Kind, Pass, Place, Want, pass_bytes, result_bytes
+from .interrupts import Deferral
+from .message import Kind, Message, Pass, Place, Want, pass_bytes, result_bytes
 from .stage import Stage
 from .transport import Transport
 from .worker import RESULTS, Inbox, Outbox
@@ -71,6 +68,7 @@ class Driver:
         self._vocab_size = config.vocab_size
         self._outbox = Outbox(transport, pass_bytes(config.hidden_size, model.max_kv_size))
         self._inbox = Inbox(transport, result_bytes(config.vocab_size), RESULTS)
+        self._read: Message | None = None  # a result that was read; its buffer waits to be reused
         self._under_way: deque[int] = deque()  # passes whose results have not been taken
         self._numbers = itertools.count()
         self._slots: weakref.WeakKeyDictionary[Sequence, _Slot] = weakref.WeakKeyDictionary()
@@ -119,10 +117,11 @@ class Driver:
         """Ends all other ranks, once they have done what is under way."""
         if self._is_over:
             return
-        with interrupts_deferred():
+        with Deferral():
             while self._under_way:
                 self._take_result()
             self._is_over = True  # a link that fails from here on has been told
+            self._reuse()
             self._outbox.send_end({"end": True}, 1)
             self._inbox.drain()
             self._on_close()
@@ -156,14 +155,15 @@ class Driver:
         except BaseException:
             self._outbox.put_back(message)
             raise
-        with interrupts_deferred():  # it is sent and accounted for, or neither
+        with Deferral():  # it is sent and accounted for, or neither
             self._outbox.send(message)
             self._account(work, texts, ids, pool)
 
     def _place(self, text: Text, count: int) -> Place:
         cache = text.cache
         table = cache.block_table
-        known = self._slot(cache).table
+        slot = self._slot(cache)
+        known = slot.table
         keep = len(known)
         if table[:keep] != known:
             keep = next(
@@ -173,7 +173,7 @@ class Driver:
         length = len(text.tokens)
         want = _want(text) if cache.length + count == length else Want.NOTHING
         return Place(
-            self._slot(cache).number, cache.length, count, length, keep, table[keep:],
+            slot.number, cache.length, count, length, keep, table[keep:],
             text.number, want,
         )  # fmt: skip
 
@@ -208,9 +208,12 @@ class Driver:
             self._pools.add(pool)
             weakref.finalize(pool, self._gone["pools"].append, pool.number)
         for text, new in zip(texts, ids, strict=True):
-            self._slots[text.cache].table = list(text.cache.block_table)
+            slot, table = self._slots[text.cache], text.cache.block_table
+            if slot.table != table:
+                slot.table = list(table)
             text.cache.append(new)
-            self._texts[text.number] = text
+            if text.number not in self._texts:
+                self._texts[text.number] = text
             self._results.pop(text.number, None)
         for news in work.news.get("texts", ()):
             self._known.add(news["number"])
@@ -226,13 +229,22 @@ class Driver:
 
     def _take_result(self) -> None:
         """Waits for the oldest result that is under way."""
+        self._reuse()
         try:
             self._inbox.wait()
         except PipelineError:
             self._is_over = True
             raise
-        with interrupts_deferred():
+        with Deferral():
             self._sort_result()
+
+    def _reuse(self) -> None:
+        """Gives the last result's buffer back. Not earlier: with gloo that takes 100 us, in which
+        the others would have nothing to do."""
+        with Deferral():
+            if self._read is not None:
+                self._inbox.give_back(self._read)
+                self._read = None
 
     def _sort_result(self) -> None:
         """Gives each text of a result that has come what is its own."""
@@ -241,8 +253,9 @@ class Driver:
             self._is_over = True
             raise PipelineError(message.control().get("failed", "the pipeline has ended."))
         number, drawn = message.read_result()
-        numbers = message.rows(self._vocab_size).clone()
-        self._inbox.give_back(message)
+        numbers = message.rows(self._vocab_size)
+        numbers = numbers.clone() if len(numbers) else numbers  # the buffer is about to be reused
+        self._read = message
         self._under_way.remove(number)
         for text, token in drawn:
             if text in self._texts:
@@ -269,19 +282,3 @@ def _recent(text: Text) -> list[int]:
     if sampling is None or not sampling.logits_processors():
         return []
     return text.tokens[-sampling.repetition_context_size :]
-
-
-@contextmanager
-def interrupts_deferred() -> Iterator[None]:
-    """Ctrl-C while this is entered strikes when it is left."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    struck: list[tuple[int, FrameType | None]] = []
-    previous = signal.signal(signal.SIGINT, lambda number, frame: struck.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        if struck and callable(previous):
-            previous(*struck[0])

@@ -7,8 +7,7 @@ unpickles what it is sent, and nothing is encrypted.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -73,21 +72,20 @@ class _GlooTransfer:
     ) -> None:
         self._tensor = tensor  # gloo reads or writes it until it is done
         self._peer = peer
-        with _link_to(peer):
+        try:
             self._work = begin([tensor], peer, 0)
+        except RuntimeError as error:
+            raise _gone(peer, error) from error
 
     def wait(self) -> None:
         if self._work.is_completed():  # gloo would wait for another message
             return
-        with _link_to(self._peer):
+        try:
             self._work.wait(_NEVER)
+        except RuntimeError as error:
+            raise _gone(self._peer, error) from error
 
 
-@contextmanager
-def _link_to(peer: int) -> Iterator[None]:
-    """Turns what torch raises about a link into PipelineError."""
-    try:
-        yield
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise PipelineError(f"the link to rank {peer} is gone ({reason}).") from error
+def _gone(peer: int, error: RuntimeError) -> PipelineError:
+    reason = str(error).splitlines()[0]
+    return PipelineError(f"the link to rank {peer} is gone ({reason}).")

@@ -120,11 +120,16 @@ class Message:
     def __init__(self, capacity: int) -> None:
         self.buffer = torch.zeros(capacity, dtype=torch.uint8)
         self._memory: memoryview = self.buffer.numpy().data
+        # Views that the last message had: the messages of a text that is decoded have the same.
+        self._bytes = self.buffer
+        self._rows: tuple[tuple[int, int, int], Tensor] = (0, 0, 0), self.buffer
 
     @property
     def bytes(self) -> Tensor:
         """The message, uint8 [its length]: what a transport sends."""
-        return self.buffer[: self._size]
+        if len(self._bytes) != self._size:
+            self._bytes = self.buffer[: self._size]
+        return self._bytes
 
     @property
     def kind(self) -> Kind:
@@ -217,7 +222,11 @@ class Message:
     def rows(self, width: int) -> Tensor:
         """The rows of a pass or a result, f32 [rows, width], in place."""
         _, size, *_, offset = self._header
-        return self.buffer[offset:size].view(torch.float32).view(-1, width)
+        place = offset, size, width
+        if self._rows[0] != place:
+            rows = self.buffer[offset:size].view(torch.float32).view(-1, width)
+            self._rows = place, rows
+        return self._rows[1]
 
     # ---- results
 

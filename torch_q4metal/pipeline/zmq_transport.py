@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..errors import PipelineError
 from .addresses import why_unreachable
-from .driver import interrupts_deferred
+from .interrupts import Deferral
 from .key_file import Key
 from .zmq_address import Address, connect, listen_first, listen_later
 from .zmq_watch import DOMAIN, Watch
@@ -45,6 +45,7 @@ _RETRY_MS = 1  # between attempts to send to a receiver that is behind
 _JOIN_RETRY_MS = 10  # between looks at whether a connection stands
 _LOOK_AFTER = 5.0  # seconds without a connection after which this rank looks why
 _LOOK_SECONDS = 3.0  # for a look
+_POLLIN = int(zmq.POLLIN)  # an enum's & takes longer than asking libzmq
 
 Socket = zmq.Socket[bytes]
 
@@ -137,14 +138,20 @@ class ZmqTransport:
         """Fills buffers in their order, until this one's turn has come."""
         while not incoming.is_done:
             if self._outgoing:  # on a slow link libzmq had no room; the answer may depend on it
-                with interrupts_deferred():
+                with Deferral():
                     self.push()
-            ready = dict(self._poller.poll(_RETRY_MS if self._outgoing else None))
-            if self._in.socket in ready or self._in.socket.poll(0):  # what has come is taken first
-                with interrupts_deferred():  # a message that was taken is accounted for
+                self._poller.poll(_RETRY_MS)
+            elif not self._has_come():
+                self._poller.poll()
+            if self._has_come():  # also if a link is gone: what has come is taken first
+                with Deferral():  # a message that was taken is accounted for
                     self._take()
-            elif self.watch.alarm in ready:
+            elif self.watch.loss is not None:
                 raise self._gone()
+
+    def _has_come(self) -> int:
+        events: int = self._in.socket.getsockopt(zmq.EVENTS)  # type: ignore[assignment]
+        return events & _POLLIN
 
     def _try_send(self, message: Tensor) -> bool:
         link = self._out
@@ -165,8 +172,8 @@ class ZmqTransport:
                 link.socket.recv()
             return
         incoming = self._incoming[0]
-        size = link.socket.recv_into(incoming.buffer.numpy().data)
-        if size > len(incoming.buffer):
+        size = link.socket.recv_into(incoming.memory)
+        if size > len(incoming.memory):
             raise PipelineError(f"{link.name} sent {size} bytes, more than were expected.")
         incoming.is_done = True
         self._incoming.popleft()
@@ -341,7 +348,7 @@ class _Outgoing:
     def wait(self) -> None:
         while not self.is_done:
             self._transport.wait_for_room()
-            with interrupts_deferred():
+            with Deferral():
                 self._transport.push()
 
 
@@ -349,7 +356,7 @@ class _Incoming:
     """A buffer that waits for its message."""
 
     def __init__(self, transport: ZmqTransport, buffer: Tensor) -> None:
-        self._transport, self.buffer = transport, buffer
+        self._transport, self.memory = transport, buffer.numpy().data
         self.is_done = False
 
     def wait(self) -> None:

@@ -2,6 +2,7 @@
 
     keygen FILE                                      once; copy FILE to every machine
     run --rank R --world-size N ... -- chat ...      on every machine, each with its own rank
+    weights                                          what --stream-weights has kept here
 
 Rank 0 has the terminal and the prompt; the others compute their layers until rank 0 ends. All that
 travels is encrypted. Every rank is one process, the one that is started here.
@@ -87,6 +88,30 @@ def run(
     status = module.app(args=words, prog_name=name, standalone_mode=False)
     if isinstance(status, int) and status:
         raise typer.Exit(status)
+
+
+@app.command()
+def weights(
+    remove_unused: Annotated[
+        float | None,
+        typer.Option(
+            metavar="DAYS", min=0, help="Remove what no rank has used for so long; 0 removes all."
+        ),
+    ] = None,
+) -> None:
+    """Shows what --stream-weights has kept on this machine, or removes it."""
+    from .hub_download import in_words
+    from .pipeline.weight_pieces import PieceCache
+
+    cache = PieceCache()
+    if remove_unused is not None:
+        files, size = cache.remove(remove_unused)
+        typer.echo(f"removed {files} files, {in_words(size)}", err=True)
+    files, size = cache.used()
+    typer.echo(f"{cache.folder}: {files} files, {in_words(size)}")
+    for days in (7, 30):
+        files, size = cache.used(days)
+        typer.echo(f"  not used for {days} days: {files} files, {in_words(size)}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import os
 import queue
 import threading
 from contextlib import contextmanager
@@ -11,7 +12,9 @@ import pytest
 import tiny
 import torch
 from ring import QueueTransport
+from typer.testing import CliRunner
 
+from torch_q4metal import cluster
 from torch_q4metal.checkpoint import Checkpoint
 from torch_q4metal.errors import CheckpointError, PipelineError
 from torch_q4metal.generation import generate_step
@@ -260,3 +263,32 @@ def test_two_processes_do_not_write_the_same_piece():
         PartialPiece(cache, "a" * 64, 9)
     first.close()
     PartialPiece(cache, "a" * 64, 9).close()
+
+
+def test_what_is_kept_is_shown_and_removed(path, tmp_path):
+    """By its last use; never what is being received, nor what is somebody else's."""
+    folder = tmp_path / "folder"
+    with ring(path, [folder], "2,2"):
+        pass
+    cache = PieceCache()
+    files, size = cache.used()
+    assert size > 4 * CHUNK
+    assert cache.used(1) == (0, 0)
+    (cache.folder / "notes.txt").write_text("mine")
+    coming = PartialPiece(cache, "ab" * 32, 10)
+    old = max(cache.folder.glob("[0-9a-f]" * 64), key=lambda file: file.stat().st_size)
+    os.utime(old, (1, 1))
+    assert cache.used(1) == (1, old.stat().st_size)
+    with ring(path, [folder], "2,2"):  # it is used again
+        pass
+    assert cache.used(1) == (0, 0)
+    os.utime(old, (1, 1))
+    shown = CliRunner().invoke(cluster.app, ["weights", "--remove-unused", "30"])
+    assert "removed 1 files" in shown.stderr
+    assert f"{cache.folder}: {files} files" in shown.stdout  # one more, one less
+    assert not old.exists()
+    assert CliRunner().invoke(cluster.app, ["weights", "--remove-unused", "0"]).exit_code == 0
+    assert sorted(file.name for file in cache.folder.iterdir()) == [
+        f"{'ab' * 32}.partial", "notes.txt"
+    ]  # fmt: skip
+    coming.close()

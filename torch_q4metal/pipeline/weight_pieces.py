@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ CHUNK_BYTES = 1 << 20
 """What is read, sent and checked at a time, and what a broken connection can lose."""
 _ALIGN = 64  # of the widest SIMD loads
 _SHA256 = re.compile("[0-9a-f]{64}")
+_OWN = re.compile(r"[0-9a-f]{64}(\.partial|\.model)?")  # what the cache's folder holds
 _GROUP = re.compile(r"model\.layers\.\d+|model\.[^.]+|[^.]+")
 
 
@@ -104,7 +106,7 @@ class PieceCache:
     """Pieces that came from another machine, in the package's cache folder, each under its SHA-256.
 
     A piece grows at ``<sha256>.partial`` and takes its name when all of it is there, is checked and
-    is on the disk; what has the name is whole.
+    is on the disk; what has the name is whole. Its time of change is when it was used last.
     """
 
     def __init__(self) -> None:
@@ -125,7 +127,43 @@ class PieceCache:
         if file.stat().st_size != size:
             file.unlink()
             return False
+        with contextlib.suppress(OSError):  # a cache that may only be read
+            os.utime(file)
         return True
+
+    def used(self, days: float = 0.0) -> tuple[int, int]:
+        """(files, bytes) that are there, of those that nobody has used for so many days."""
+        sizes = [entry.stat().st_size for entry in self._unused(days)]
+        return len(sizes), sum(sizes)
+
+    def remove(self, days: float) -> tuple[int, int]:
+        """Removes what ``used`` counts, but nothing that is being received, and says how much.
+
+        A rank that has it loaded keeps it until it ends. Raises CheckpointError.
+        """
+        files = size = 0
+        for file in self._unused(days):
+            try:
+                with file.open("rb") as stream:
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    size, files = size + file.stat().st_size, files + 1
+                    file.unlink()
+                if file.parent != self.folder and not any(file.parent.iterdir()):
+                    file.parent.rmdir()
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise CheckpointError(
+                    f"{file} cannot be removed: {error.strerror or error}."
+                ) from None
+        return files, size
+
+    def _unused(self, days: float) -> list[Path]:
+        """Files whose last use was longer ago; names that are none of ours stay."""
+        before = time.time() - days * 86400
+        pieces = [path for path in self.folder.glob("*") if _OWN.fullmatch(path.name)]
+        files = [f for path in pieces for f in ([path] if path.is_file() else path.glob("*"))]
+        return [file for file in files if file.is_file() and file.stat().st_mtime <= before]
 
     def write_texts(self, name: str, texts: dict[str, str]) -> Path:
         """A folder in the cache with these files. Raises CheckpointError."""

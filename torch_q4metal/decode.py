@@ -12,6 +12,7 @@ from .cache import Sequence
 from .decode_mps import MetalDecodePlan
 from .decode_plan import DecodePlan, last_rows, precisions
 from .models.base import MATVEC_ROWS, CausalLM
+from .self_check import check_model
 
 __all__ = ["DecodePlan", "forward", "is_supported", "last_rows", "plan_of"]
 
@@ -32,7 +33,10 @@ _plans: weakref.WeakKeyDictionary[CausalLM, DecodePlan] = weakref.WeakKeyDiction
 
 
 def plan_of(model: CausalLM) -> DecodePlan | None:
-    """The model's plan, built at the first call; None if it asks for eager decoding or needs it."""
+    """The model's plan, built at the first call; None if it asks for eager decoding or needs it.
+
+    Raises SelfCheckError if a Metal kernel that it needs computes wrong numbers here.
+    """
     if model.eager:
         return None
     # Looked up first: to look at every module takes a millisecond, a twelfth of a small model's
@@ -41,7 +45,11 @@ def plan_of(model: CausalLM) -> DecodePlan | None:
         return plan
     if not is_supported(model):
         return None
-    _plans[model] = MetalDecodePlan(model) if model.device.type == "mps" else DecodePlan(model)
+    if model.device.type == "mps":
+        check_model(model)
+        _plans[model] = MetalDecodePlan(model)
+    else:
+        _plans[model] = DecodePlan(model)
     return _plans[model]
 
 

@@ -26,9 +26,12 @@ class MetalDecodePlan(DecodePlan):
     """Computes the next tokens of up to 8 rows of ``model`` on MPS, in f32 whatever its dtype.
 
     Prompts are read by modules.
+
+    ``checked_rows``  numbers of rows whose kernels have passed the self-check
     """
 
     def __init__(self, model: CausalLM) -> None:
+        self.checked_rows: set[int] = set()
         self._memory = _native.DeviceMemory()
         super().__init__(model)
 
@@ -58,6 +61,20 @@ class MetalDecodePlan(DecodePlan):
         slabs = cache[0].pool.slabs
         self.step(x.to(_MPS), positions, rope.to(_MPS), tables, slabs, rows)
         return rows.cpu() if out is None else out.copy_(rows)
+
+    def read(self, tokens: List[int], sequence: Sequence, length: int) -> None:
+        """Puts tokens into the sequence, one at a time; ``length`` as for ``advance``."""
+        count = len(tokens)
+        sequence.reserve(count)
+        positions, rope = places_of_rows(self._rope, [sequence], [count], length)
+        tables = block_tables([sequence], [1]).to(_MPS)
+        unused = torch.empty(1, dtype=torch.int64, device=_MPS)
+        rope, ids = rope.to(_MPS), torch.tensor(tokens).to(_MPS)
+        for i, token in enumerate(tokens):
+            row = slice(i, i + 1)
+            slabs = sequence.pool.slabs
+            self.step(ids[row], positions[row], rope[row], tables, slabs, unused)
+            sequence.append([token])
 
     def step(
         self,

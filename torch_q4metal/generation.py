@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from . import cache as kv
-from .engine import Text, engine_of
+from .engine import engine_of
 from .errors import ContextLengthError, Q4MetalError
 from .machine import peak_rss
 from .models.base import MATVEC_ROWS, CausalLM
 from .models.loading import load_model
 from .sampling import LogitsProcessor, Sampler, SamplingParams
 from .stop_strings import StopStrings
+from .text import Text
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -298,7 +299,8 @@ class _Row:
             if max_tokens > 0:
                 longest = min(longest, len(prompt) + max_tokens)
             cache = model.make_cache(longest)
-        self.text = Text(prompt, cache, sampling, sampler, processors, logprobs=logprobs)
+        end = len(prompt) + max_tokens if max_tokens > 0 else None
+        self.text = Text(prompt, cache, sampling, sampler, processors, logprobs=logprobs, end=end)
         self.cache = cache
         self.drawn = 0
         self._model = model

@@ -33,7 +33,8 @@ class SamplingParams:
     min_p                    keep tokens with this share of the likeliest one's probability; 0: all
     repetition_penalty       recent tokens' logits are divided by it (negative: multiplied); 1: off
     repetition_context_size  how many tokens are recent, the prompt's included
-    seed                     equal seeds draw equal text on equal devices; None: a new one each time
+    seed                     equal seeds draw equal text on equal devices (the CPU's random numbers
+                             are not the GPU's); None: a new one each time
 
     Raises Q4MetalError for values that make no sense.
     """
@@ -84,13 +85,6 @@ def make_sampler(
     """A sampler with mlx-lm's arguments; 0 switches a filter off. It keeps its own random state."""
     if temp == 0:
         return greedy
-    filters: list[Callable[[Tensor], Tensor]] = []
-    if 0 < top_p < 1:
-        filters.append(lambda logprobs: apply_top_p(logprobs, top_p))
-    if min_p > 0:
-        filters.append(lambda logprobs: apply_min_p(logprobs, min_p))
-    if top_k > 0:
-        filters.append(lambda logprobs: apply_top_k(logprobs, top_k))
     generator = torch.Generator()
     if seed is None:
         generator.seed()
@@ -98,8 +92,7 @@ def make_sampler(
         generator.manual_seed(seed % (1 << 63))
 
     def sample(logprobs: Tensor) -> int:
-        for apply in filters:
-            logprobs = apply(logprobs)
+        logprobs = apply_filters(logprobs, top_p, min_p, top_k)
         probabilities = torch.softmax(logprobs.double().cpu() / temp, -1)
         return int(torch.multinomial(probabilities, 1, generator=generator))
 
@@ -129,6 +122,17 @@ def make_logits_processors(
 def greedy(logprobs: Tensor) -> int:
     """The most likely token; of equals, the first."""
     return int(logprobs.argmax())
+
+
+def apply_filters(logprobs: Tensor, top_p: float, min_p: float, top_k: int) -> Tensor:
+    """Log-probabilities [V] with -inf for what the filters leave out; 0 switches one off."""
+    if 0 < top_p < 1:
+        logprobs = apply_top_p(logprobs, top_p)
+    if min_p > 0:
+        logprobs = apply_min_p(logprobs, min_p)
+    if top_k > 0:
+        logprobs = apply_top_k(logprobs, top_k)
+    return logprobs
 
 
 def apply_top_p(logprobs: Tensor, top_p: float) -> Tensor:

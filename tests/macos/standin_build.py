@@ -153,9 +153,8 @@ class Standin:
         loader.exec_module(self.native)
         for name in ("standin_fallbacks", "standin_dispatches"):
             getattr(self._library, name).restype = ctypes.c_char_p
-        for name in ("allocations", "bytes", "largest_upload", "waits", "record_event"):
+        for name in ("allocations", "bytes", "largest_upload"):
             getattr(self._library, f"standin_{name}").restype = ctypes.c_int64
-        self._library.standin_wait_for_event.restype = ctypes.c_int64
         for name in ("DeviceMemory", "MetalDecodePlan"):
             setattr(_extension.load(), name, getattr(self.native, name))
         self._events: dict[int, int] = {}
@@ -196,10 +195,10 @@ class Standin:
             return next(self._events_made)
 
         def record_event(number: int) -> None:
-            self._events[number] = self._library.standin_record_event()
+            self._events[number] = self.native.record_event()
 
         def synchronize_event(number: int) -> None:
-            committed = self._library.standin_wait_for_event(ctypes.c_int64(self._events[number]))
+            committed = self.native.wait_for_event(self._events[number])
             assert committed, "the event's signal was never committed: a Mac would wait for ever"
 
         return {
@@ -208,7 +207,7 @@ class Standin:
             "_mps_recordEvent": record_event,
             "_mps_synchronizeEvent": synchronize_event,
             "_mps_emptyCache": lambda: None,  # it keeps nothing that was freed
-            "_mps_deviceSynchronize": lambda: self._library.standin_wait_for_all(),
+            "_mps_deviceSynchronize": lambda: self.native.wait_for_all(),
             "_mps_maxBufferLength": lambda: 4 << 30,
             "_mps_recommendedMaxMemory": lambda: 5 << 30,
             "_mps_driverAllocatedMemory": lambda: self.allocated_bytes(),
@@ -217,11 +216,11 @@ class Standin:
     @contextlib.contextmanager
     def working_late(self) -> Iterator[None]:
         """Work that is queued meanwhile is done as late as a GPU may: when somebody waits."""
-        self._library.standin_set_lazy(ctypes.c_int64(1))
+        self.native.set_lazy(True)
         try:
             yield
         finally:
-            self._library.standin_set_lazy(ctypes.c_int64(0))
+            self.native.set_lazy(False)
 
     def fallbacks(self) -> list[str]:
         """Operators that ran on the CPU so far."""
@@ -267,7 +266,7 @@ class Standin:
 
     def waits(self) -> int:
         """How often the host waited for all that was queued, ``working_late``."""
-        return self._library.standin_waits()
+        return self.native.waits()
 
 
 class MetalDevice:
@@ -286,6 +285,10 @@ class MetalDevice:
     def fallbacks(self) -> list[str]:
         """Torch makes an error of an operator without a Metal kernel."""
         return []
+
+    def working_late(self) -> contextlib.AbstractContextManager[None]:
+        """A GPU does by itself."""
+        return contextlib.nullcontext()
 
     @property
     def native(self) -> object:

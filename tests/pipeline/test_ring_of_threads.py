@@ -9,11 +9,11 @@ import torch
 from ring import threads_ring
 
 from torch_q4metal.cache import Sequence
-from torch_q4metal.engine import Text
 from torch_q4metal.errors import ContextLengthError, PipelineError
 from torch_q4metal.generation import decode_together, generate_step
 from torch_q4metal.models import load_model
 from torch_q4metal.sampling import SamplingParams, make_sampler
+from torch_q4metal.text import Text
 
 CONTEXT = {"config": {"max_position_embeddings": 2048}}
 DENSE = {"model.layers.3.mlp.up_proj": False}

@@ -360,6 +360,14 @@ class CausalLM(nn.Module):
                 "shorten it or load the model with a larger max_kv_size."
             )
 
+    def read(self, tokens: List[int], sequence: Sequence, length: int) -> None:
+        """Puts tokens, at most a chunk of them, into the sequence; nobody wants their logits.
+
+        ``length``: positions of the text once the whole prompt is done.
+        """
+        with torch.no_grad():
+            self._advance(torch.tensor([tokens]), [sequence], length)
+
     def _prefill(self, ids: Tensor, sequence: Sequence, keep: int) -> Tensor:
         """Logits [1, keep, V] of the last ``keep`` of ids [1, L], which go through in chunks."""
         count, done, logits = ids.shape[1], 0, []

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..cache import KVPool, Sequence
-from ..engine import Text
 from ..errors import PipelineError
 from ..models.base import MATVEC_ROWS, PREFILL_CHUNK, CausalLM
+from ..text import Text
 from .interrupts import Deferral
 from .message import Kind, Message, Pass, Place, Want, pass_bytes, result_bytes
 from .stage import Stage

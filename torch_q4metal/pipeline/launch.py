@@ -199,6 +199,7 @@ def load(path: Path, settings: Settings) -> CausalLM:
         transport = join()
         watch = watch_over(transport)
         return lead(transport, lambda: path, settings, watch, transport.close)
+    from .. import decode
     from ..models import load_model
 
     model = load_model(
@@ -206,6 +207,7 @@ def load(path: Path, settings: Settings) -> CausalLM:
         max_kv_size=settings.max_kv_size, force=settings.force,
     )  # fmt: skip
     model.eager = settings.eager
+    decode.plan_of(model)  # now: a GPU's kernels are compiled and checked before anybody waits
     return model
 
 

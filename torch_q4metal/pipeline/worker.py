@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine import Choice
 from ..errors import PipelineError
 from ..models.base import CausalLM
 from ..sampling import SamplingParams
+from ..text import Choice
 from .message import Kind, Message, Pass, Want, pass_bytes, result_bytes
 from .stage import Stage, StageCache
 from .transport import Transfer, Transport

@@ -1,8 +1,15 @@
-// The Python module of the stand-in: what torch_q4metal._C has besides on a Mac.
+// The Python module of the stand-in: what torch_q4metal._C has besides on a Mac, and the queue,
+// whose work may throw.
 #include "../../../csrc/metal/bindings.h"
 #include "plan_records.h"
+#include "queue.h"
 
 PYBIND11_MODULE(standin, m) {
   q4metal::mps::bind(m);
   standin::bind_records(m);
+  m.def("set_lazy", &standin::set_lazy);
+  m.def("wait_for_all", &standin::wait_for_all);
+  m.def("waits", &standin::waits);
+  m.def("record_event", &standin::record_event);
+  m.def("wait_for_event", &standin::wait_for_event);
 }

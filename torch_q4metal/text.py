@@ -1,0 +1,81 @@
+"""A text under way, and how its tokens are drawn from logits."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cache as kv
+from .sampling import LogitsProcessor, Sampler, SamplingParams, greedy
+
+_numbers = itertools.count()
+
+
+class Text:
+    """One text under way.
+
+    tokens     prompt and drawn tokens; ``cache`` holds the first of them
+    sampling   how the next one is chosen; or None, then ``sampler`` and ``processors``, which only
+               this process can call, do it
+    logprobs   whether who draws wants to see the log-probabilities
+    end        how many tokens it may get, the prompt's included; None: no limit
+    logits     [V] f32 for the next token, where they were computed and are not drawn from yet
+    lane       what an engine keeps of it between passes
+    number     tells it from all others of this process
+    seed       of the random numbers that a device draws it with
+    """
+
+    def __init__(
+        self,
+        tokens: list[int],
+        cache: kv.Sequence,
+        sampling: SamplingParams | None,
+        sampler: Sampler | None = None,
+        processors: Iterable[LogitsProcessor] = (),
+        *,
+        logprobs: bool = True,
+        end: int | None = None,
+    ) -> None:
+        self.tokens = tokens
+        self.cache = cache
+        self.sampling = sampling
+        self.logprobs = logprobs
+        self.end = end
+        self.logits: Tensor | None = None
+        self.lane: Any = None
+        self.number = next(_numbers)
+        seed = None if sampling is None else sampling.seed
+        self.seed = secrets.randbits(64) if seed is None else seed
+        if sampling is None:
+            self.choice = Choice(sampler or greedy, processors)
+        else:
+            self.choice = Choice.of(sampling)
+
+    @property
+    def waiting(self) -> list[int]:
+        """Tokens that the cache does not hold yet."""
+        return self.tokens[self.cache.length :]
+
+
+class Choice:
+    """Draws one text's tokens out of their logits; it keeps the random state."""
+
+    def __init__(self, sampler: Sampler, processors: Iterable[LogitsProcessor]) -> None:
+        self._sampler = sampler
+        self._processors = list(processors)
+
+    @classmethod
+    def of(cls, sampling: SamplingParams) -> Choice:
+        return cls(sampling.sampler(), sampling.logits_processors())
+
+    def draw(self, tokens: list[int], logits: Tensor) -> tuple[int, Tensor]:
+        """(token, log-probabilities [V] f32) after ``tokens``, of logits [V] f32."""
+        for process in self._processors:
+            logits = process(tokens, logits)
+        logprobs = torch.log_softmax(logits, -1)
+        return int(self._sampler(logprobs)), logprobs

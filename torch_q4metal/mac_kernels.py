@@ -18,6 +18,7 @@ from torch import Tensor
 from . import _extension
 from .cache import BLOCK
 from .predictions import ModelShape
+from .random_model import random_words
 
 STEPS = {
     "norm, QKV, RoPE, append": "norm_qkv_rope_append",
@@ -41,8 +42,7 @@ class Weights:
         self.memory = _extension.load().DeviceMemory()
         self.device = device
         words = -(-size // 16) * 4
-        low, high = -(1 << 31), (1 << 31) - 1
-        self.codes = torch.randint(low, high, (words,), dtype=torch.int32, device=device)
+        self.codes = random_words(words, device)
         groups = words // 8
         self._scales = torch.full((groups,), 1e-3, dtype=torch.bfloat16, device=device)
         self._biases = torch.full((groups,), -7.5e-3, dtype=torch.bfloat16, device=device)

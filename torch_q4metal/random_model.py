@@ -14,6 +14,8 @@ from .models.fields import Fields
 from .models.loading import FAMILIES
 from .predictions import ModelShape
 
+_BLOCK_WORDS = 1 << 22
+
 
 def random_model(shape: ModelShape, device: torch.device, context: int) -> CausalLM:
     """The model, packed as ``shape`` says with scales in bfloat16; ``context`` positions at most.
@@ -73,9 +75,22 @@ def random_matrix(
     what is multiplied.
     """
     words, groups = columns * bits // 32, columns // group_size
-    low, high = -(1 << 31), (1 << 31) - 1
-    weight = torch.randint(low, high, (rows, words), dtype=torch.int32, device=device)
+    weight = random_words(rows * words, device).view(rows, words)
     levels = (1 << bits) - 1
     scale = 3.4 / levels / columns**0.5
     scales = torch.full((rows, groups), scale, dtype=torch.bfloat16, device=device)
     return weight, scales, scales * (-levels / 2)
+
+
+def random_words(count: int, device: torch.device) -> Tensor:
+    """int32 [count] of random bits, the same every 16 MB: made on the CPU, for which a seed stands
+    for the same numbers everywhere.
+    """
+    generator = torch.Generator().manual_seed(0)
+    size = min(count, _BLOCK_WORDS)
+    block = torch.randint(-(1 << 31), (1 << 31) - 1, (size,), generator=generator).int()
+    words = torch.empty(count, dtype=torch.int32, device=device)
+    for begin in range(0, count, _BLOCK_WORDS):
+        part = words[begin : begin + _BLOCK_WORDS]
+        part.copy_(block[: len(part)])
+    return words

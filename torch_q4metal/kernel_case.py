@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _extension, known_answers, ops
+from . import _extension, device_sampling, known_answers, ops
 from .cache import BLOCK
 from .known_answers import NORM_EPS, Answer, Material, Matrix
 from .model_formats import Format, ModelFormats
 from .models.base import MATVEC_ROWS
+from .sampling import SamplingParams
 
 POSITIONS = (700, 3, 133, 39, 73, 205, 17, 341)
 """Of rows. Different modulo 32: rows share the cache's blocks, and no two write one place."""
@@ -26,7 +27,7 @@ LONG_CONTEXT = 1025
 """The shortest context that needs attention's kernels for long ones."""
 _PROMPT_ROWS = (9, 17, 33)  # one for each tile of the matmul
 _CACHE_STEPS = ("norm_qkv_rope_append", "attention")
-_TEMPERATURE, _TOP_K, _SEED = 0.8, 20, (1 << 40) + 3
+_SAMPLING, _SEED = SamplingParams(temperature=0.8, top_k=20), (1 << 40) + 3
 # Relative rms errors: float32 sums in another order; tiles and results in 16 bits.
 _SUMS = 2e-5
 _PRODUCT = {torch.float32: _SUMS, torch.float16: 3e-3, torch.bfloat16: 1.2e-2}
@@ -226,9 +227,9 @@ class KernelCase:
 
     def _sampling(self) -> Tensor:
         """int32 [R, 6] with the bits of csrc/metal/plan_launch.h's struct Sampling."""
-        floats = torch.tensor([_TEMPERATURE, 0.0, 0.0]).view(torch.int32)
-        numbers = torch.tensor([_TOP_K, _SEED & 0xFFFFFFFF, _SEED >> 32], dtype=torch.int32)
-        return torch.cat([floats, numbers]).repeat(self._rows, 1)
+        floats = torch.tensor([_SAMPLING.temperature, 0.0, 0.0]).view(torch.int32)
+        numbers = torch.tensor([_SAMPLING.top_k, _SEED & 0xFFFFFFFF, _SEED >> 32])
+        return torch.cat([floats, numbers.int()]).repeat(self._rows, 1)
 
     def _largest_k(self) -> int:
         return max((matrix.shape[1] for matrix in self._matrices.values()), default=1)
@@ -327,7 +328,7 @@ class KernelCase:
                 logits = self._random(reads[0], 3.0)
                 yield self._rows_answer(kernel, writes[0], logits.argmax(-1))
                 draws = [
-                    known_answers.drawn(row, _TEMPERATURE, _TOP_K, position, _SEED)
+                    device_sampling.draw(row.log_softmax(-1), _SAMPLING, _SEED, position)
                     for row, position in zip(logits, POSITIONS)
                 ]
                 yield self._rows_answer(other_kernel, writes[1], torch.tensor(draws))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference, sampling
+from . import reference
 from .model_formats import Format
 
 NORM_EPS = 1e-5
@@ -153,26 +153,3 @@ def attention(queries: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tens
         weights = (heads @ key.double().transpose(1, 2) * key.shape[-1] ** -0.5).softmax(-1)
         rows.append((weights @ value.double()).flatten())
     return torch.stack(rows)
-
-
-def philox(token: int, position: int, seed: int) -> int:
-    """The first number of Philox4x32-10 (Salmon et al., 2011) at (token, position) under a seed."""
-    c = [token, position & 0xFFFFFFFF, position >> 32, 0]
-    k = [seed & 0xFFFFFFFF, seed >> 32]
-    for _ in range(10):
-        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
-        c = [b >> 32 ^ c[1] ^ k[0], b & 0xFFFFFFFF, a >> 32 ^ c[3] ^ k[1], a & 0xFFFFFFFF]
-        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    return c[0]
-
-
-def drawn(logits: Tensor, temperature: float, top_k: int, position: int, seed: int) -> int:
-    """The token that the device's sampler draws of logits [V]: Gumbel noise of Philox's numbers."""
-    kept = sampling.apply_top_k(logits.double().log_softmax(-1), top_k) > -torch.inf
-    best, chosen = -torch.inf, 0
-    for token in kept.nonzero().flatten().tolist():
-        u = torch.tensor(((philox(token, position, seed) >> 9) + 0.5) * 2.0**-23).double()
-        score = float(logits[token].double() / temperature - (-u.log()).log())
-        if score > best:
-            best, chosen = score, token
-    return chosen

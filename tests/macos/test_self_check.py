@@ -9,6 +9,7 @@ import tiny
 import torch
 
 from torch_q4metal import decode, device_check, self_check
+from torch_q4metal.generation import generate_step
 from torch_q4metal.model_formats import Format, LayerFormats, ModelFormats
 from torch_q4metal.models import load_model
 from torch_q4metal.self_check import SelfCheckError, check, check_model
@@ -110,6 +111,17 @@ def test_a_wrong_kernel_is_named(standin, kernel):
     assert ", macOS " in message
     assert "use device='cpu'" in message
     assert message.count(". ") == 0  # one sentence
+
+
+def test_nothing_is_generated_with_a_wrong_kernel(standin, tmp_path):
+    path = tiny.write_tiny(tmp_path, bits=5, group_size=32, dtype=F16).path
+    model = load_model(path, device="mps")
+    standin.slip = ("+ first + f] +=", "+ first + f] =")
+    steps = generate_step([1, 2, 3], model, max_tokens=4)
+    for _ in range(2):  # nor at the next try
+        with pytest.raises(SelfCheckError, match="the Metal kernel plan_residual_b5_g32_f16_r1 "):
+            next(steps)
+        steps = generate_step([1, 2, 3], model, max_tokens=4)
 
 
 def test_a_kernel_that_does_not_compile_is_named(standin):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sentence import assert_one_sentence
 from typer.testing import CliRunner
 
 from torch_q4metal import bench, bench_mac, predictions
@@ -67,4 +68,4 @@ def test_without_mps_bench_mac_is_one_sentence(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     result = CliRunner().invoke(bench.app, ["--mac"])
     assert isinstance(result.exception, Q4MetalError)
-    assert "device 'mps' is not available" in str(result.exception)
+    assert_one_sentence(result.exception, "no Metal GPU here; run it on a Mac")

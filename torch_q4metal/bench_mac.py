@@ -71,6 +71,11 @@ def measure(size: int | None, rounds: int, tokens: int) -> tuple[str, Iterator[R
     it; None: ``DEFAULT_BYTES``, and whole models. Raises Q4MetalError where there is no MPS, and
     SelfCheckError for a wrong kernel.
     """
+    if not torch.backends.mps.is_available():
+        raise Q4MetalError(
+            "bench --mac measures Metal kernels, and torch finds no Metal GPU here; run it on a "
+            "Mac with Apple silicon and macOS 14."
+        )
     device = resolve_device("mps")
     if size is not None and size < _SMALLEST_BYTES:
         raise Q4MetalError(

@@ -81,7 +81,7 @@ def check(formats: ModelFormats, rows: int, device: torch.device | str) -> Repor
     except RuntimeError as failed:
         if "the Metal kernel " not in str(failed):  # that does not compile, or has too many threads
             raise
-        raise SelfCheckError(f"{str(failed).splitlines()[0]} ({place()})") from failed
+        raise SelfCheckError(f"{str(failed).splitlines()[0]} ({place()}).") from failed
     errors: dict[str, float] = {}
     for answer, result in found:
         error = answer.error_of(result)

@@ -139,12 +139,16 @@ class Pipelines:
 
 
 def besides_us(answers: list[dict[str, Any]]) -> list[float]:
-    """Of each round: microseconds of a token beside all stages' layers and the drawing."""
+    """Of each round: microseconds of a token beside all stages' layers and the drawing, a median:
+    a shared machine takes its milliseconds now and then."""
     passes = [dict(answer["passes"]) for answer in answers]
     found = []
-    for token_s, alone in zip(answers[0]["token_s"], answers[0]["alone"], strict=True):
-        compute = sum(statistics.mean(rank[number] for number in alone) for rank in passes)
-        found.append(1e6 * (token_s - compute))
+    for steps, alone in zip(answers[0]["steps"], answers[0]["alone"], strict=True):
+        beside = [
+            seconds - sum(rank[number] for rank in passes)
+            for seconds, number in zip(steps, alone, strict=True)
+        ]
+        found.append(1e6 * statistics.median(beside))
     return found
 
 

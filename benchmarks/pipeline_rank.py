@@ -4,6 +4,7 @@ Every rank times its own layers, and the last one how it draws, so that what a t
 can be laid to the hops.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -99,8 +100,8 @@ def loaded() -> Iterator[CausalLM]:
     model.engine.close()
 
 
-def decode_timed(model: CausalLM, prompts: list[list[int]]) -> tuple[list[list[int]], float]:
-    """(tokens of each text, seconds for one of each after the first)."""
+def decode_timed(model: CausalLM, prompts: list[list[int]]) -> tuple[list[list[int]], list[float]]:
+    """(tokens of each text, when all had each of theirs)."""
     found: list[list[int]] = [[] for _ in prompts]
     times: list[float] = []
 
@@ -110,8 +111,12 @@ def decode_timed(model: CausalLM, prompts: list[list[int]]) -> tuple[list[list[i
         return False
 
     decode_together(model, [list(prompt) for prompt in prompts], TASK["tokens"], take)
-    count = len(prompts)
-    return found, (times[-1] - times[count - 1]) / (len(times) / count - 1)
+    return found, times[len(prompts) - 1 :: len(prompts)]
+
+
+def mean_step(times: list[float]) -> float:
+    """Seconds for a token after the first one."""
+    return (times[-1] - times[0]) / (len(times) - 1)
 
 
 def prefill(model: CausalLM, overlapped: bool) -> tuple[int, float]:
@@ -132,20 +137,22 @@ def measure(model: CausalLM, timed: TimedCompute) -> dict[str, Any]:
     short: list[int] = TASK["prompt"][:16]
     batch = [TASK["prompt"][i : i + 16] for i in range(4)]
     result: dict[str, Any] = {name: [] for name in ("token_s", "batch_s", "overlap_s", "waiting_s")}
-    result["alone"] = []  # the passes of one text alone: what hops are reckoned from
+    # Of one text alone, what hops are reckoned from: its passes, and the seconds of each token.
+    result |= {"alone": [], "steps": []}
     for number in range(TASK["rounds"] + 1):  # the first one warms up
         begin = len(timed.passes)
-        ids, token_s = decode_timed(model, [short])
+        ids, ends = decode_timed(model, [short])
         alone = [number for number, _ in timed.passes[begin:]]
-        together, batch_s = decode_timed(model, batch)
+        together, ends_together = decode_timed(model, batch)
         first, overlap_s = prefill(model, overlapped=True)
         same, waiting_s = prefill(model, overlapped=False)
         result["ids"] = [ids[0], together, first, same]
         if number:
-            times = (token_s, batch_s, overlap_s, waiting_s)
+            times = (mean_step(ends), mean_step(ends_together), overlap_s, waiting_s)
             for name, seconds in zip(list(result), times, strict=False):
                 result[name].append(seconds)
             result["alone"].append(alone)
+            result["steps"].append([end - begin for begin, end in itertools.pairwise(ends)])
     return result
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch_q4metal.errors import PipelineError
 from torch_q4metal.pipeline import addresses, launch
 from torch_q4metal.pipeline.diagnosis import Party, explain, objections
+from torch_q4metal.pipeline.rendezvous import connects_to
 
 # As torch 2.13's store and gloo say it, taken down on Linux.
 STORE = "The client socket has failed to connect to any network address of (10.88.0.77, 29611). "
@@ -26,7 +27,7 @@ GLOO = "Gloo connectFullMesh failed with [/__w/pytorch/pytorch/third_party/gloo/
     (STORE.format("113 - No route to host"), r"^there is no route to rank 0: .*firewall-cmd"),
     (STORE.format("101 - Network is unreachable"), r"^this machine is in no network of rank 0"),
     (GLOO + "pair.cc:152] timed out connecting: SO_ERROR: Connection refused, "
-     "remote=[10.88.0.1]:21905$1", r"^rank 0 refuses the connection: nothing listens there"),
+     "remote=[10.88.0.1]:21905$1", r"^10\.88\.0\.1 refuses the connection: nothing listens there"),
     (GLOO + "pair.cc:152] timed out connecting: SO_ERROR: Connection refused, "
      "remote=[127.0.0.1]:21905$1", r"^the other rank says that it is at 127\.0\.0\.1.*--interface"),
     (GLOO + "pair.h:311] Connect timeout [none]", r"^rank 0 does not answer: .*firewall"),
@@ -91,6 +92,16 @@ def test_systems_that_gloo_cannot_join():
     (found,) = objections([FINE, LINUX], machines=2)
     assert "rank 1 on box runs linux and rank 0 runs darwin" in found
     assert "python -m torch_q4metal.cluster run" in found
+
+
+def test_who_connects_to_whom():
+    """Gloo's order is that of the addresses, not of the ranks."""
+    addresses = ["10.0.0.9", "10.0.0.200", "10.0.1.3"]
+    assert [connects_to(rank, addresses, "linux") for rank in range(3)] == [[], [0], [0, 1]]
+    addresses.reverse()
+    assert [connects_to(rank, addresses, "linux") for rank in range(3)] == [[1, 2], [0, 2], [0, 1]]
+    assert [connects_to(rank, addresses, "darwin") for rank in range(3)] == [[], [0], [0, 1]]
+    assert connects_to(1, ["127.0.0.1"] * 2, "linux") == [0]
 
 
 def test_gloo_listens_where_its_address_is_said_to_be(monkeypatch):

@@ -31,8 +31,10 @@ def explain(error: BaseException | str, target: str, system: str = sys.platform)
         return f"there is no network interface {missing[1]} here; name another with --interface."
     if any(words in text for words in _NO_NAME):
         return f"the name in {target} is not known here; take the machine's address instead."
+    if remote := _REMOTE.search(text):
+        target = remote[1]
     if "refused" in text:
-        return _refused(text, target)
+        return _refused(target, remote is not None)
     if "No route to host" in text:
         return _no_route(target, system)
     if "Network is unreachable" in text:
@@ -49,11 +51,10 @@ def explain(error: BaseException | str, target: str, system: str = sys.platform)
     return text.splitlines()[0] if text else f"{type(error).__name__}."
 
 
-def _refused(text: str, target: str) -> str:
-    remote = _REMOTE.search(text)
-    if remote and is_loopback(remote[1]):
+def _refused(target: str, is_address: bool) -> str:
+    if is_address and is_loopback(target):
         return (
-            f"the other rank says that it is at {remote[1]}, which is this machine: over there "
+            f"the other rank says that it is at {target}, which is this machine: over there "
             "the machine's own name means loopback; start it there with --interface NAME."
         )
     return (

@@ -7,6 +7,7 @@
 #include "avx512.h" // from here on everything compiles for AVX-512
 
 #define Q4_AVX2 1 // AVX-512 has all that vector_math.h asks for
+#define Q4_WIDE_BYTES 64
 
 namespace q4metal::cpu {
 namespace {

@@ -21,7 +21,6 @@ if TASK["cores"]:  # before torch makes threads: they inherit it
 import torch  # noqa: E402
 
 from torch_q4metal import decode  # noqa: E402
-from torch_q4metal.engine import Choice  # noqa: E402
 from torch_q4metal.generation import decode_together, generate_step  # noqa: E402
 from torch_q4metal.models.base import PREFILL_CHUNK, CausalLM  # noqa: E402
 from torch_q4metal.pipeline import launch  # noqa: E402
@@ -29,6 +28,7 @@ from torch_q4metal.pipeline.handshake import Settings  # noqa: E402
 from torch_q4metal.pipeline.message import Pass  # noqa: E402
 from torch_q4metal.pipeline.stage import Stage  # noqa: E402
 from torch_q4metal.pipeline.transport import Transport  # noqa: E402
+from torch_q4metal.text import Choice  # noqa: E402
 
 
 class TimedCompute:

@@ -13,7 +13,7 @@ import functools
 import json
 import statistics
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -52,6 +52,7 @@ class Result:
     generation_tokens: int
     threads: int
     cpu: str
+    device: str
     kernels: str
     dtype: str
     precision: str
@@ -100,6 +101,7 @@ def measure(
     split: str = "auto",
     stream_weights: bool = False,
     stage_timeout: float = 30.0,
+    device: str = "auto",
 ) -> Result:
     """Loads the model and measures it. Raises what ``load_model`` raises."""
     import torch
@@ -122,6 +124,7 @@ def measure(
         context,
         eager=eager,
         split=split,
+        device=device,
         stream_weights=stream_weights,
         stage_timeout=stage_timeout,
     )
@@ -158,7 +161,8 @@ def measure(
         generation_tokens=generation_tokens,
         threads=threads,
         cpu=cpu_name(),
-        kernels=ops.cpu_kernels(),
+        device=model.device.type,
+        kernels=ops.cpu_kernels() if model.device.type == "cpu" else "metal",
         dtype=str(model.dtype).removeprefix("torch."),
         precision=precision or "fast",  # what load_model takes for None
         eager=eager,
@@ -175,6 +179,8 @@ def _print_table(result: Result) -> None:
     from rich.table import Table
 
     where = f"{result.cpu}, {result.threads} threads"
+    if result.device != "cpu":
+        where = f"the GPU of {result.cpu}"
     if result.ranks > 1:
         where = f"{result.ranks} ranks, the first on {where}"
     table = Table(title=f"{result.model} on {where}")
@@ -229,6 +235,10 @@ def main(
     precision: Annotated[
         str | None, typer.Option("--precision", help="fast (default), exact or int8")
     ] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "mps"],
+        typer.Option(help="mps is the GPU of a Mac; auto takes it where there is one"),
+    ] = "auto",
     eager: Annotated[
         bool, typer.Option("--eager", help="decode with the modules, not with the decode plan")
     ] = False,
@@ -312,6 +322,7 @@ def main(
             split,
             stream_weights,
             stage_timeout,
+            device,
         )
     if as_json:
         print(json.dumps(asdict(result)))

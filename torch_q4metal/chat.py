@@ -117,7 +117,13 @@ def main(
             rich_help_panel=MODEL,
         ),
     ] = None,
-    device: Annotated[Literal["cpu", "mps"] | None, typer.Option(rich_help_panel=MODEL)] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "mps"],
+        typer.Option(
+            help="mps is the GPU of a Mac; auto takes it where there is one.",
+            rich_help_panel=MODEL,
+        ),
+    ] = "auto",
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads.", rich_help_panel=MODEL)
     ] = None,

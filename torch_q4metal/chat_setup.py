@@ -32,7 +32,7 @@ class ModelOptions:
     offline: bool = False
     dtype: str | None = None
     precision: str | None = None
-    device: str | None = None
+    device: str = "auto"
     threads: int | None = None
     context: int | None = None
     force: bool = False

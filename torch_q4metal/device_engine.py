@@ -44,11 +44,10 @@ class DeviceEngine(LocalEngine):
         together: dict[tuple[bool, int], list[Text]] = {}
         for text in texts:
             self._model.check_context(len(text.tokens))
+            text.cache.reserve(len(text.waiting))
             key = _is_drawn_on_device(text), id(text.cache.pool)
             together.setdefault(key, []).append(text)
         for (on_device, _), group in together.items():
-            for text in group:
-                text.cache.reserve(len(text.waiting))
             if on_device:
                 self._queue(group)
             else:

@@ -31,6 +31,7 @@ class Settings:
     """How all ranks load the model: what rank 0's command line says. As ``load_model``'s options.
 
     ``split``           "auto", "memory", or the layers of each stage, "10,18"
+    ``device``          of every rank; with "auto" each takes what its machine has
     ``stream_weights``  ranks that have no files get theirs from rank 0
     ``stage_timeout``   seconds without a sign of life after which a rank is lost
     """

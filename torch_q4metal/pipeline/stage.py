@@ -80,9 +80,9 @@ class Stage:
         """What the layers make of a pass: of ids int64 [rows], or of the residual stream f32
         [rows, hidden_size] of the stage before.
 
-        Returns the residual stream [rows, hidden_size], in ``out`` if that is given, or from the
-        last stage logits [texts, vocab_size] after each text's last row, if anybody wants them. The
-        sequences do not count the rows yet.
+        All are on the CPU, wherever the layers are. Returns the residual stream [rows,
+        hidden_size], in ``out`` if that is given, or from the last stage logits [texts, vocab_size]
+        after each text's last row, if anybody wants them. The sequences do not count the rows yet.
         """
         model = self._model
         counts = [place.count for place in work.places]
@@ -98,6 +98,6 @@ class Stage:
         length = max(place.length for place in work.places)
         hidden = model.advance(x.view(len(counts), counts[0], *x.shape[1:]), cache, length)
         if wants_logits:
-            return model.logits(hidden[:, -1:])[:, -1]
+            return model.logits(hidden[:, -1:])[:, -1].cpu()
         rows = hidden.flatten(0, 1)
-        return rows if out is None else out.copy_(rows)
+        return rows.cpu() if out is None else out.copy_(rows)

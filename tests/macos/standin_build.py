@@ -85,11 +85,12 @@ def _compile(name: str, files: list[Path], headers: str) -> Path:
     key = hashlib.sha256(f"{_FLAGS}{torch.__version__}{headers}{content}".encode())
     target = BUILD / f"{name}-{key.hexdigest()[:20]}.o"
     if not target.exists():
-        unit, partial = target.with_suffix(".cpp"), target.with_suffix(".part")
+        unit, partial = (target.with_suffix(f".{os.getpid()}.{end}") for end in ("cpp", "part"))
         unit.write_text("".join(f'#include "{source}"\n' for source in sources))
         folders = {f"-iquote{file.parent}" for file in files}
         _run(*_FLAGS, *folders, "-c", str(unit), "-o", str(partial))
         partial.replace(target)
+        unit.unlink()
     return target
 
 
@@ -120,7 +121,7 @@ def build() -> Path:
     target = BUILD / f"standin-{key}.so"
     if not target.exists():
         libraries = [f"-L{_TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
-        partial = target.with_suffix(".part")
+        partial = target.with_suffix(f".{os.getpid()}.part")
         _run("-shared", "-Wl,-z,now", *objects, *libraries, "-o", str(partial))
         partial.replace(target)
     return target

@@ -109,14 +109,15 @@ def test_sliding_layers_without_a_window(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"device": "mps"}, ["'mps'", "Metal", "not built yet", "cpu"]),
-        ({"device": torch.device("mps", 0)}, ["mps", "not built yet"]),
+        ({"device": "mps"}, ["'mps'", "no Metal GPU", "cpu"]),
+        ({"device": torch.device("mps", 0)}, ["mps", "no Metal GPU"]),
         ({"device": "cuda:1"}, ["'cuda:1'", "cpu"]),
         ({"dtype": torch.float64}, ["float64", "bfloat16"]),
         ({"precision": "sloppy"}, ["'sloppy'", "'fast'"]),
     ],
 )
-def test_options_that_do_not_exist(tmp_path, options, words):
+def test_options_that_do_not_exist(tmp_path, monkeypatch, options, words):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     path = tiny.write_tiny(tmp_path / "m").path
     with pytest.raises(Q4MetalError) as error:
         load_model(path, **options)

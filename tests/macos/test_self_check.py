@@ -82,9 +82,9 @@ def test_fits_into_a_megabyte(standin, case):
 PLANTED = {  # kernel: text, wrong text, format, other changes
     "plan_embed": ("(w, row, k, out)", "(w, row ^ 1, k, out)", (3, 32), {"layers": ()}),
     "plan_qkv": ("b * rope[dim + i])", "-b * rope[dim + i])", (5, 32), {}),
-    "plan_attention_bf16_d32 ": (
+    "plan_attention_bf16_d48 ": (
         "sum_of(products[g]) * args.scale", "sum_of(products[g])",
-        (2, 32), {"head_dim": 32, "context": 512},
+        (2, 32), {"head_dim": 48, "context": 512},
     ),
     "plan_attention_split_bf16_d96_h4 and plan_attention_combine_d96 ": (
         "add_chunks<kDim>(chunks, count, args", "add_chunks<kDim>(chunks, 1, args",

@@ -13,6 +13,10 @@ extern "C" __attribute__((visibility("hidden"))) void msl_switch(void** save, vo
 class Stacks {
 public:
   static constexpr uint64_t kSize = 256 * 1024, kGuard = 4096;
+  // Stacks below which there is one guard. All of a simdgroup have the same frames, so the first
+  // one's tells; a guard each would cost two mappings, of which a process has 65530 at most, and
+  // libraries stay loaded.
+  static constexpr uint32_t kGuarded = 32;
 
   ~Stacks() { release(); }
 
@@ -26,8 +30,9 @@ public:
       return;
     memory_ = static_cast<char*>(p);
     count_ = count;
-    for (uint32_t i = 0; i < count; i++)
-      mprotect(memory_ + i * kSize, kGuard, PROT_NONE);
+    for (uint32_t i = 0; i < count; i += kGuarded)
+      if (mprotect(memory_ + i * kSize, kGuard, PROT_NONE) != 0)
+        return release();
   }
 
   // A stack pointer from which msl_switch enters `entry`. Tops are staggered: at equal offsets the

@@ -15,6 +15,7 @@ import torch
 
 from torch_q4metal import decode, device_sampling, generation
 from torch_q4metal.builtin_model import builtin_model
+from torch_q4metal.engine import engine_of
 from torch_q4metal.errors import ContextLengthError
 from torch_q4metal.generation import (
     decode_together,
@@ -24,6 +25,7 @@ from torch_q4metal.generation import (
 )
 from torch_q4metal.models import base, load_model
 from torch_q4metal.sampling import SamplingParams
+from torch_q4metal.text import Text
 from torch_q4metal.tokenizer import Tokenizer
 
 BOUND = 2e-5  # of logits, relative to the largest: float32 in both, summed in another order
@@ -265,9 +267,22 @@ def test_a_fork_between_two_tokens(tmp_path, late):
     steps = generate_step(prompt, model, max_tokens=20, cache=cache, logprobs=False)
     text = [next(steps)[0] for _ in range(5)]
     fork = cache.fork()
+    text += [next(steps)[0] for _ in range(2)]  # this one leaves the block to the fork
     other = ids_of(model, [*fork.tokens, 7], 9, cache=fork)
     assert text + [token for token, _ in steps] == expected
     assert other == ids_of(model, prompt + text[:4] + [7], 9)
+
+
+def test_a_token_other_than_the_drawn_one(tmp_path, late):
+    """The pass that was under way is not the one that is wanted."""
+    _, model = tiny_on_both(tmp_path / "model")
+    engine, prompt = engine_of(model), prompt_of(10)
+    text = Text(list(prompt), model.make_cache(), SamplingParams(), logprobs=False)
+    engine.submit([text])
+    token, _ = engine.draw(text)
+    text.tokens.append((token + 1) % 256)
+    engine.submit([text])
+    assert [engine.draw(text)[0]] == ids_of(model, text.tokens, 1)
 
 
 def test_the_end_of_the_context(tmp_path, late):

@@ -101,12 +101,17 @@ def measure(path: Path, count: int = TOKENS) -> dict[str, float]:
         return load_model(path, precision=precision, max_kv_size=max(count, 256))
 
     exact = list(module_logprobs(load("exact"), ids))  # 0.4 GB for 2,000 tokens of SmolLM2
-    found = {}
+    found: dict[str, float] = {}
+
+    def keep(name: str, logprobs: Iterator[Tensor]) -> None:
+        found[name] = divergence(exact, logprobs)
+        print(f"{name:14} {found[name]:.3g} nats a token", file=sys.stderr, flush=True)
+
     for precision in ("fast", "int8"):
         model = load(precision)
-        found[f"{precision} prompt"] = divergence(exact, prompt_logprobs(model, ids))
-        found[f"{precision} decode"] = divergence(exact, decode_logprobs(model, ids))
-    found["MLX bfloat16"] = divergence(exact, mlx_logprobs(path, ids))
+        keep(f"{precision} prompt", prompt_logprobs(model, ids))
+        keep(f"{precision} decode", decode_logprobs(model, ids))
+    keep("MLX bfloat16", mlx_logprobs(path, ids))
     return found
 
 
@@ -117,8 +122,6 @@ def main() -> None:
     arguments = parser.parse_args()
     path = builtin_model(lambda _: None) if arguments.model is None else None
     found = measure(path or resolve_model(arguments.model), arguments.tokens)
-    for name, value in found.items():
-        print(f"{name:14} {value:.3g} nats a token", file=sys.stderr)
     print(json.dumps({"tokens": arguments.tokens, **found}))
 
 

@@ -121,8 +121,7 @@ class Checkpoint:
         one does not drag the file along.
         """
         info = self.info(name)
-        # uint32 tensors can neither be shifted nor pickled: the same bits as int32 can.
-        dtype = torch.int32 if info.dtype == torch.uint32 else info.dtype
+        dtype = info.loaded_dtype
         if info.numel == 0:
             return torch.empty(info.shape, dtype=dtype)
         if info.begin % dtype.itemsize and not self._is_packed(name):

@@ -21,7 +21,7 @@ from .models.base import MATVEC_ROWS, PREFILL_CHUNK, CausalLM
 from .models.rope import RopeConfig
 
 _native = _extension.load()
-_DTYPES = {
+NATIVE_DTYPES = {
     torch.float32: _native.DType.float32,
     torch.float16: _native.DType.float16,
     torch.bfloat16: _native.DType.bfloat16,
@@ -52,7 +52,7 @@ class DecodePlan:
             layers=len(decoder.layers),
             norm_eps=config.rms_norm_eps,
             attention_scale=config.head_dim**-0.5,
-            kv_dtype=_DTYPES[model.kv_dtype],
+            kv_dtype=NATIVE_DTYPES[model.kv_dtype],
             precision=getattr(_native.Precision, min(precisions(model), default="fast")),
         )
         table = self._segment(decoder.embed_tokens) if model.part.has_table else None
@@ -162,7 +162,7 @@ class DecodePlan:
                 weight=self._address(layer.weight),
                 scales=self._address(layer.scales.to(dtype)),
                 biases=self._address(layer.biases.to(dtype)),
-                scales_dtype=_DTYPES[dtype],
+                scales_dtype=NATIVE_DTYPES[dtype],
                 out_features=rows,
                 in_features=groups * layer.group_size,
                 group_size=layer.group_size,
@@ -172,7 +172,7 @@ class DecodePlan:
         weight: Any = layer.weight
         return _native.dense_segment(
             weight=self._address(weight),
-            dtype=_DTYPES[weight.dtype],
+            dtype=NATIVE_DTYPES[weight.dtype],
             out_features=weight.shape[0],
             in_features=weight.shape[1],
             bias=bias,

@@ -11,7 +11,6 @@ the same random numbers there.
 
 from __future__ import annotations
 
-import struct
 import weakref
 from collections import deque
 
@@ -243,16 +242,11 @@ def _longest(text: Text, max_kv_size: int) -> int:
 
 def _settings(texts: list[Text]) -> Tensor | None:
     """int32 [R, 6], as the sampling kernel takes it; None if all take the likeliest token."""
-    packed = bytearray()
-    for text in texts:
-        assert text.sampling is not None
-        s = text.sampling
-        top_k = min(s.top_k, (1 << 32) - 1)
-        seed = text.seed % (1 << 64)
-        packed += struct.pack("<fffIQ", s.temperature, s.top_p, s.min_p, top_k, seed)
-    if all(text.sampling is not None and text.sampling.temperature == 0 for text in texts):
+    settings = [(text.sampling, text.seed) for text in texts if text.sampling is not None]
+    assert len(settings) == len(texts)
+    if all(sampling.temperature == 0 for sampling, _ in settings):
         return None
-    return torch.frombuffer(packed, dtype=torch.int32).view(len(texts), -1)
+    return device_sampling.packed(settings)
 
 
 def _rope_rows(rope: RopeConfig, start: int, count: int) -> Tensor:

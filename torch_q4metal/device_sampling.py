@@ -6,6 +6,9 @@ the same tokens. The noise of a token at a position depends on nothing but the s
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,15 @@ from .sampling import SamplingParams, apply_filters, greedy
 
 _LOW = 0xFFFFFFFF
 _ROUNDS = 10
+
+
+def packed(settings: Iterable[tuple[SamplingParams, int]]) -> Tensor:
+    """int32 [R, 6]: each row's settings and seed as csrc/metal/plan_launch.h's struct Sampling."""
+    rows = b"".join(
+        struct.pack("<fffIQ", s.temperature, s.top_p, s.min_p, min(s.top_k, _LOW), seed % (1 << 64))
+        for s, seed in settings
+    )
+    return torch.frombuffer(bytearray(rows), dtype=torch.int32).view(-1, 6)
 
 
 def draw(logprobs: Tensor, sampling: SamplingParams, seed: int, position: int) -> int:

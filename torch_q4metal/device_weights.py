@@ -80,8 +80,11 @@ class DeviceWeights:
         """The tensor with the file's dtype; uint32 comes as int32, as from a checkpoint."""
         place = self._places[name]
         info = place.info
-        dtype = torch.int32 if info.dtype == torch.uint32 else info.dtype
-        return self.buffers[place.buffer][place.begin : place.end].view(dtype).view(info.shape)
+        return (
+            self.buffers[place.buffer][place.begin : place.end]
+            .view(info.loaded_dtype)
+            .view(info.shape)
+        )
 
 
 def largest_buffer() -> int:

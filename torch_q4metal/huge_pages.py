@@ -33,10 +33,7 @@ _ALIGNMENT = 256
 
 
 class HugePageWeights:
-    """The tensors ``names`` of a checkpoint. Raises CheckpointError for a file that cannot be read.
-
-    ``bytes``  that were read
-    """
+    """The tensors ``names`` of a checkpoint. Raises CheckpointError if a file cannot be read."""
 
     def __init__(self, checkpoint: Checkpoint, names: Iterable[str]) -> None:
         infos = {name: checkpoint.info(name) for name in names}
@@ -46,7 +43,6 @@ class HugePageWeights:
         for name, info in sorted(infos.items(), key=lambda item: (item[1].file, item[1].begin)):
             self._begins[name] = size
             size += -(-info.nbytes // _ALIGNMENT) * _ALIGNMENT
-        self.bytes = sum(info.nbytes for info in infos.values())
         self._memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._memory.madvise(mmap.MADV_HUGEPAGE)
         with memoryview(self._memory) as memory:
@@ -60,7 +56,7 @@ class HugePageWeights:
     def tensor(self, name: str) -> Tensor:
         """The tensor with the file's dtype; uint32 comes as int32, as from a checkpoint."""
         info = self._infos[name]
-        dtype = torch.int32 if info.dtype == torch.uint32 else info.dtype
+        dtype = info.loaded_dtype
         if info.numel == 0:
             return torch.empty(info.shape, dtype=dtype)
         begin = self._begins[name]

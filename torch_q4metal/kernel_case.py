@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import _extension, device_sampling, known_answers, ops
 from .cache import BLOCK
+from .decode_plan import NATIVE_DTYPES
 from .known_answers import NORM_EPS, Answer, Material, Matrix
 from .model_formats import Format, ModelFormats
 from .models.base import MATVEC_ROWS
@@ -34,11 +35,6 @@ _PRODUCT = {torch.float32: _SUMS, torch.float16: 3e-3, torch.bfloat16: 1.2e-2}
 _ROUNDED = {torch.float32: _SUMS, torch.float16: 6e-4, torch.bfloat16: 5e-3}
 
 _native = _extension.load()
-_DTYPES = {
-    torch.float32: _native.DType.float32,
-    torch.float16: _native.DType.float16,
-    torch.bfloat16: _native.DType.bfloat16,
-}
 _Buffer = tuple[str, int, int]  # name, offset in the workspace, bytes a row
 _Take = Callable[[Tensor, Tensor], Tensor]  # of the workspace and the cache, both on the CPU
 
@@ -146,7 +142,7 @@ class KernelCase:
         if form.bits == 0:
             return _native.dense_segment(
                 weight=self._address(matrix.weight),
-                dtype=_DTYPES[form.dtype],
+                dtype=NATIVE_DTYPES[form.dtype],
                 out_features=rows,
                 in_features=columns,
                 bias=self._address(matrix.bias),
@@ -155,7 +151,7 @@ class KernelCase:
             weight=self._address(matrix.weight),
             scales=self._address(matrix.scales),
             biases=self._address(matrix.biases),
-            scales_dtype=_DTYPES[form.dtype],
+            scales_dtype=NATIVE_DTYPES[form.dtype],
             out_features=rows,
             in_features=columns,
             group_size=form.group_size,
@@ -175,7 +171,7 @@ class KernelCase:
             layers=len(formats.layers),
             norm_eps=NORM_EPS,
             attention_scale=formats.head_dim**-0.5,
-            kv_dtype=_DTYPES[formats.kv_dtype],
+            kv_dtype=NATIVE_DTYPES[formats.kv_dtype],
             precision=_native.Precision.exact,
         )
         segments = {key: self._segment(matrix) for key, matrix in self._matrices.items()}
@@ -213,7 +209,10 @@ class KernelCase:
         self._x = material.normal(_PROMPT_ROWS[-1], self._largest_k()).to(self._formats.dtype)
         embeds, has_head = self._formats.table is not None, self._formats.head is not None
         if has_head:
-            out, sampling = torch.empty(rows, dtype=torch.int64), self._sampling()
+            out, sampling = (
+                torch.empty(rows, dtype=torch.int64),
+                device_sampling.packed([(_SAMPLING, _SEED)] * rows),
+            )
         else:
             out, sampling = torch.empty(rows, self._sizes.hidden), None
         self._out = out
@@ -224,12 +223,6 @@ class KernelCase:
         )  # fmt: skip
         if rows == 1:
             moved(self._ids), moved(self._x)  # for prompts, and so that they are counted
-
-    def _sampling(self) -> Tensor:
-        """int32 [R, 6] with the bits of csrc/metal/plan_launch.h's struct Sampling."""
-        floats = torch.tensor([_SAMPLING.temperature, 0.0, 0.0]).view(torch.int32)
-        numbers = torch.tensor([_SAMPLING.top_k, _SEED & 0xFFFFFFFF, _SEED >> 32])
-        return torch.cat([floats, numbers.int()]).repeat(self._rows, 1)
 
     def _largest_k(self) -> int:
         return max((matrix.shape[1] for matrix in self._matrices.values()), default=1)

@@ -63,6 +63,13 @@ class TensorInfo:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def loaded_dtype(self) -> torch.dtype:
+        """The file's, but int32 for uint32, with the same bits: torch can neither shift nor pickle
+        that.
+        """
+        return torch.int32 if self.dtype == torch.uint32 else self.dtype
+
 
 def printable(name: str) -> str:
     """A name from a file, fit for a one-line message: no control characters, not endless."""

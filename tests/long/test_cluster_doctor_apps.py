@@ -6,41 +6,20 @@ import socket
 import subprocess
 import sys
 
-import pytest
 import tiny
 
-from torch_q4metal.pipeline.key_file import write_key
 
-sys.path.append("tests/pipeline")
-from cluster import Ranks
-
-
-@pytest.fixture
-def ring(tmp_path):
-    """A function that gives three processes for an app's command line."""
-    write_key(tmp_path / "key")
-    made = []
-
-    def make(world_size, *app):
-        made.append(Ranks(tmp_path / "key", world_size, *app))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.kill()
-
-
-def test_three_ranks_of_a_cluster(ring, tmp_path):
+def test_three_ranks_of_a_cluster(ranks, tmp_path):
     """The model is on rank 0's machine alone."""
-    ranks = ring(3, "doctor", "--cluster", "--threads", "1")
+    ring = ranks(3, "doctor", "--cluster", "--threads", "1")
     path = tiny.write_tiny(tmp_path / "m", layers=5).path
     for rank in (1, 2):
-        ranks.start(rank)
-    ranks.app = (*ranks.app, "--model", path)
-    ranks.start(0)
-    status, output = ranks.end(0)
-    assert status == 0, ranks.errors
-    assert [ranks.end(rank) for rank in (1, 2)] == [(0, ""), (0, "")]
+        ring.start(rank)
+    ring.app = (*ring.app, "--model", path)
+    ring.start(0)
+    status, output = ring.end(0)
+    assert status == 0, ring.errors
+    assert [ring.end(rank) for rank in (1, 2)] == [(0, ""), (0, "")]
     lines = output.splitlines()
     assert lines[0].split()[:5] == ["rank", "host", "device", "threads", "memory"]
     assert [line.split()[0] for line in lines[1:4]] == ["0", "1", "2"]
@@ -48,27 +27,27 @@ def test_three_ranks_of_a_cluster(ring, tmp_path):
     assert lines[4].startswith("The slowest part is ")
 
 
-def test_layers_that_cannot_be_given_out_come_after_the_table(ring, tmp_path):
+def test_layers_that_cannot_be_given_out_come_after_the_table(ranks, tmp_path):
     path = tiny.write_tiny(tmp_path / "m", layers=1).path
-    ranks = ring(2, "doctor", "--cluster", "--json", "--model", path)
-    ranks.start(1)
-    ranks.start(0)
-    status, output = ranks.end(0)
+    ring = ranks(2, "doctor", "--cluster", "--json", "--model", path)
+    ring.start(1)
+    ring.start(0)
+    status, output = ring.end(0)
     assert status == 1
     found = json.loads(output)
     assert found["layers"] is None
     assert "slowest memory" in found["slowest"]
-    assert "error: 2 stages are too many for a model of 1 layers" in "".join(ranks.errors[0])
+    assert "error: 2 stages are too many for a model of 1 layers" in "".join(ring.errors[0])
 
 
-def test_a_chat_does_not_take_a_doctor_for_a_stage(ring, tmp_path):
+def test_a_chat_does_not_take_a_doctor_for_a_stage(ranks, tmp_path):
     path = tiny.write_tiny(tmp_path / "m", layers=3).path
-    ranks = ring(2, "chat", "--model", path, "-p", "x")
-    ranks.start(0)
-    ranks.app = ("doctor", "--cluster")
-    ranks.start(1)
-    assert (ranks.end(0)[0], ranks.end(1)[0]) == (1, 1)
-    assert "it runs the doctor; start the same app" in "".join(ranks.errors[0])
+    ring = ranks(2, "chat", "--model", path, "-p", "x")
+    ring.start(0)
+    ring.app = ("doctor", "--cluster")
+    ring.start(1)
+    assert (ring.end(0)[0], ring.end(1)[0]) == (1, 1)
+    assert "it runs the doctor; start the same app" in "".join(ring.errors[0])
 
 
 def test_another_version_is_named_with_exit_1():

@@ -11,27 +11,10 @@ import pytest
 import tiny
 from speaking import write_speaking
 
-from torch_q4metal.pipeline.key_file import write_key
-
 sys.path.append("tests/pipeline")
-from cluster import Ranks, environment, listening
+from cluster import environment, listening
 
 CTRL_C, CTRL_D = "\x03", "\x04"
-
-
-@pytest.fixture
-def ranks(tmp_path):
-    """A function that gives a ring of processes for an app's command line."""
-    write_key(tmp_path / "key")
-    made = []
-
-    def make(world_size, *app):
-        made.append(Ranks(tmp_path / "key", world_size, *app))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.kill()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from torch import nn
 from torch_q4metal.cache import Sequence
 from torch_q4metal.errors import CheckpointError, ContextLengthError, Q4MetalError
 from torch_q4metal.linear import Q4Embedding, Q4Linear
-from torch_q4metal.models import FAMILIES, base, load_model
+from torch_q4metal.models import FAMILIES, base, dense, load_model
 
 LONG = {"max_position_embeddings": 4096}
 
@@ -243,10 +243,10 @@ def test_an_interrupt_leaves_whole_passes(tmp_path):
 
 
 def test_dense_matrices_are_computed_in_f32_and_in_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(base, "_DENSE_BLOCK_BYTES", 4 * 64 * 7)
+    monkeypatch.setattr(dense, "_BLOCK_BYTES", 4 * 64 * 7)
     written = tiny.write_tiny(tmp_path / "m", bits=None, dtype=torch.bfloat16, tied=False)
     model = load_model(written.path)
-    assert type(model.lm_head) is base.DenseLinear
+    assert type(model.lm_head) is dense.DenseLinear
     assert isinstance(model.lm_head, nn.Linear)
     assert model.lm_head.weight.dtype == torch.bfloat16
     assert model.kv_dtype == torch.bfloat16

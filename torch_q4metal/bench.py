@@ -2,8 +2,9 @@
 
 Prompts are random tokens, one for each text of ``--batch``; decoding is greedy and goes on past end
 tokens. Reported are medians of ``--repeats`` runs after one run that is not counted. ``--json``
-makes the last line of stdout one JSON object. GB/s are 10**9 bytes a second. Under torchrun the
-ranks compute together; memory is rank 0's.
+makes the last line of stdout one JSON object. GB/s are 10**9 bytes a second; those of the read
+probe are of the device that the model is on. Under torchrun the ranks compute together; memory is
+rank 0's.
 
 ``--mac`` measures Metal kernels, and models of the shapes in predictions.py, and says which of the
 README's predictions hold.
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
-PROBE_BYTES = 1 << 30  # beyond every cache; taken last, so that peak_rss does not see it
+PROBE_BYTES = 1 << 30  # of a CPU, beyond every cache
+_PROBE_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,11 @@ class Result:
     decode_tok_s: float
     ttft_s: float
     decode_gb_s: float  # weight_bytes times decode_tok_s / batch
-    read_probe_gb_s: float
+    read_probe_gb_s: float  # of the CPU's memory by its threads, or of the GPU's by a kernel
     probe_share: float  # decode_gb_s / read_probe_gb_s
     peak_rss_bytes: int
+    gpu_bytes: int  # buffers of the GPU, as torch holds them after the runs; 0 on the CPU
+    peak_memory_bytes: int  # peak_rss_bytes + gpu_bytes
     import_rss_bytes: int  # after importing torch, before anything else
     weight_bytes: int  # weights that one decoded token reads
     file_bytes: int  # all tensors of the checkpoint
@@ -79,11 +83,19 @@ def weight_bytes_per_token(model: "CausalLM") -> int:
     return total - size + size // model.config.vocab_size
 
 
-def read_probe_gb_s(threads: int) -> float:
-    """Plain sequential reads of 1 GiB in GB/s: medians of five passes, the better of two ways."""
+def read_probe_gb_s(threads: int, device: str = "cpu") -> float:
+    """GB/s of plain reads: medians of five passes.
+
+    On the CPU sequential ones of 1 GiB, the better of two ways; on "mps" by a kernel that only
+    reads.
+    """
     from .ops import read_probe
 
-    ways = [read_probe(PROBE_BYTES, threads, 5, prefetch) for prefetch in (False, True)]
+    if device == "mps":
+        from .mac_kernels import COLD_BYTES, read_gb_s
+
+        return read_gb_s(COLD_BYTES, _PROBE_ROUNDS)
+    ways = [read_probe(PROBE_BYTES, threads, _PROBE_ROUNDS, prefetch) for prefetch in (False, True)]
     return PROBE_BYTES / min(statistics.median(seconds) for seconds in ways) / 1e9
 
 
@@ -111,7 +123,7 @@ def measure(
     from .decode_time import time_decoding
     from .hub import resolve_model
     from .machine import cpu_name, peak_rss
-    from .memory import kv_bytes_per_token
+    from .memory import gpu_bytes, kv_bytes_per_token
     from .pipeline import launch
     from .pipeline.handshake import Settings
 
@@ -140,8 +152,8 @@ def measure(
     ttft = statistics.median(first for first, _ in runs)
     tok_s = statistics.median(rate for _, rate in runs)
     weights = weight_bytes_per_token(model)
-    peak = peak_rss()
-    probe = read_probe_gb_s(threads)
+    peak, on_gpu = peak_rss(), gpu_bytes(model.device)
+    probe = read_probe_gb_s(threads, model.device.type)  # last: it takes memory of its own
     return Result(
         model=path_or_id,
         prefill_tok_s=batch * prompt_tokens / ttft,
@@ -151,6 +163,8 @@ def measure(
         read_probe_gb_s=probe,
         probe_share=weights * tok_s / batch / 1e9 / probe,
         peak_rss_bytes=peak,
+        gpu_bytes=on_gpu,
+        peak_memory_bytes=peak + on_gpu,
         import_rss_bytes=import_rss,
         weight_bytes=weights,
         file_bytes=Checkpoint.open(path).weight_bytes,
@@ -179,24 +193,31 @@ def _print_table(result: Result) -> None:
     from rich.table import Table
 
     where = f"{result.cpu}, {result.threads} threads"
-    if result.device != "cpu":
+    of_gpu = "" if result.device == "cpu" else " of the GPU"
+    if of_gpu:
         where = f"the GPU of {result.cpu}"
     if result.ranks > 1:
         where = f"{result.ranks} ranks, the first on {where}"
     table = Table(title=f"{result.model} on {where}")
     table.add_column("measured")
     table.add_column("", justify="right")
-    for name, value in [
+    rows = [
         (f"prefill, {result.prompt_tokens} tokens", f"{result.prefill_tok_s:.1f} tok/s"),
         ("time to first token", f"{result.ttft_s * 1e3:.0f} ms"),
         (f"decode, {result.generation_tokens} tokens", f"{result.decode_tok_s:.1f} tok/s"),
         ("weights read in decode", f"{result.decode_gb_s:.2f} GB/s"),
-        ("plain-read probe", f"{result.read_probe_gb_s:.2f} GB/s"),
+        (f"plain-read probe{of_gpu}", f"{result.read_probe_gb_s:.2f} GB/s"),
         ("share of the probe", f"{result.probe_share:.0%}"),
         ("weights a token", f"{result.weight_bytes / 1e6:.1f} MB"),
         ("peak RSS", f"{result.peak_rss_bytes / 1e6:.0f} MB"),
         ("RSS after importing torch", f"{result.import_rss_bytes / 1e6:.0f} MB"),
-    ]:
+    ]
+    if of_gpu:
+        rows += [
+            ("buffers of the GPU", f"{result.gpu_bytes / 1e6:.0f} MB"),
+            ("peak RSS and these buffers", f"{result.peak_memory_bytes / 1e6:.0f} MB"),
+        ]
+    for name, value in rows:
         table.add_row(name, value)
     Console().print(table)
 

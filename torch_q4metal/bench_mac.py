@@ -16,7 +16,7 @@ from .decode_time import time_decoding
 from .device import resolve_device
 from .device_check import check_metal_plans
 from .errors import MemoryLimitError, Q4MetalError
-from .mac_kernels import STEPS, StepPass, Weights, time_in_turns
+from .mac_kernels import COLD_BYTES, STEPS, StepPass, Weights, read_pass, time_in_turns
 from .model_formats import Format
 from .predictions import (
     CHIPS,
@@ -33,8 +33,6 @@ from .predictions import (
 from .random_model import random_model
 from .self_check import place
 
-DEFAULT_BYTES = 1 << 29
-"""Of weights in a pass over a kernel: four times what the largest cache holds."""
 _SMALLEST_BYTES = 1 << 20
 _PROMPT = [1, 2, 3, 4]
 _WARM_UP = 4  # tokens
@@ -68,7 +66,7 @@ def measure(size: int | None, rounds: int, tokens: int) -> tuple[str, Iterator[R
     """(what was measured on, the rows as they come): medians of ``rounds``, with so many tokens.
 
     ``size``: bytes of weights in a pass over a kernel, and the most of a model, which is cut to
-    it; None: ``DEFAULT_BYTES``, and whole models. Raises Q4MetalError where there is no MPS, and
+    it; None: ``COLD_BYTES``, and whole models. Raises Q4MetalError where there is no MPS, and
     SelfCheckError for a wrong kernel.
     """
     if not torch.backends.mps.is_available():
@@ -89,15 +87,15 @@ def measure(size: int | None, rounds: int, tokens: int) -> tuple[str, Iterator[R
 
 def _rows(device: torch.device, size: int | None, rounds: int, tokens: int) -> Iterator[Row]:
     seven = next(model for model in MODELS if model.name == "Qwen2.5-7B")
-    shape = cut(seven, size or DEFAULT_BYTES) if size else seven
-    weights = Weights(size or DEFAULT_BYTES, device)
+    shape = cut(seven, size or COLD_BYTES) if size else seven
+    weights = Weights(size or COLD_BYTES, device)
     passes = {name: StepPass(shape, kind, weights) for name, kind in STEPS.items()}
     gate_up = "norm, gate, up, SwiGLU"
     wide = {
         f"{gate_up}, {rows} rows": StepPass(shape, STEPS[gate_up], weights, rows=rows)
         for rows in ROWS_FACTORS
     }
-    seconds = time_in_turns({"read probe": weights.read(), **passes, **wide}, rounds)
+    seconds = time_in_turns({"read probe": read_pass(weights.codes), **passes, **wide}, rounds)
     probe = weights.codes.nbytes / seconds["read probe"] / 1e9
     chip = _chip(probe)
     basis = f"{probe / chip.gb_s:.0%} of {chip.gb_s:g} GB/s ({chip.title})"

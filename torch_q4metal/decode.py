@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence as List
 
@@ -11,8 +12,9 @@ from torch import Tensor
 from .cache import Sequence
 from .decode_mps import MetalDecodePlan
 from .decode_plan import DecodePlan, last_rows, precisions
-from .models.base import MATVEC_ROWS, CausalLM
-from .self_check import check_model
+from .model_formats import ModelFormats
+from .models.base import MATVEC_ROWS, PREFILL_CHUNK, CausalLM
+from .self_check import check_modules
 
 __all__ = ["DecodePlan", "forward", "is_supported", "last_rows", "plan_of"]
 
@@ -35,22 +37,37 @@ _plans: weakref.WeakKeyDictionary[CausalLM, DecodePlan] = weakref.WeakKeyDiction
 def plan_of(model: CausalLM) -> DecodePlan | None:
     """The model's plan, built at the first call; None if it asks for eager decoding or needs it.
 
-    Raises SelfCheckError if a Metal kernel that it needs computes wrong numbers here.
+    Raises SelfCheckError if a Metal kernel computes wrong numbers here, of the plan or, without
+    one, of the modules.
     """
-    if model.eager:
-        return None
     # Looked up first: to look at every module takes a millisecond, a twelfth of a small model's
     # token.
-    if (plan := _plans.get(model)) is not None:
+    if not model.eager and (plan := _plans.get(model)) is not None:
         return plan
-    if not is_supported(model):
+    takes_plan = not model.eager and is_supported(model)
+    if model.device.type == "mps":
+        _watch_modules(model, decode=not takes_plan)
+    if not takes_plan:
         return None
     if model.device.type == "mps":
-        check_model(model)
-        _plans[model] = MetalDecodePlan(model)
+        metal_plan = MetalDecodePlan(model)
+        metal_plan.check(1)
+        _plans[model] = metal_plan
     else:
         _plans[model] = DecodePlan(model)
     return _plans[model]
+
+
+def _watch_modules(model: CausalLM, decode: bool) -> None:
+    """Has kernels checked before modules call them; those of one text now, if modules decode."""
+    if model.before_rows is not None:
+        return
+    check = functools.partial(check_modules, ModelFormats.of(model))
+    if decode:
+        check("layers", 1)
+        check("layers", PREFILL_CHUNK)
+        check("head", 1)
+    model.before_rows = check
 
 
 def forward(model: CausalLM, ids: List[List[int]], cache: List[Sequence]) -> Tensor:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from . import _extension, ops
 from .cache import Sequence
 from .decode_plan import DecodePlan, block_tables, places_of_rows
+from .model_formats import ModelFormats
 from .models.base import CausalLM
+from .self_check import check_plan
 
 _native = _extension.load()
 _MPS = torch.device("mps")
@@ -26,12 +28,11 @@ class MetalDecodePlan(DecodePlan):
     """Computes the next tokens of up to 8 rows of ``model`` on MPS, in f32 whatever its dtype.
 
     Prompts are read by modules.
-
-    ``checked_rows``  numbers of rows whose kernels have passed the self-check
     """
 
     def __init__(self, model: CausalLM) -> None:
-        self.checked_rows: set[int] = set()
+        self._formats = ModelFormats.of(model)
+        self._checked: set[int] = set()  # numbers of rows
         self._memory = _native.DeviceMemory()
         super().__init__(model)
 
@@ -45,6 +46,12 @@ class MetalDecodePlan(DecodePlan):
     @property
     def reads_prompts(self) -> bool:
         return False
+
+    def check(self, rows: int) -> None:
+        """Raises SelfCheckError if a kernel for so many rows (1 to 8) computes wrong numbers."""
+        if rows not in self._checked:
+            check_plan(self._formats, rows)
+            self._checked.add(rows)
 
     def advance(
         self,
@@ -86,11 +93,12 @@ class MetalDecodePlan(DecodePlan):
         out: Tensor,
         sampling: Tensor | None = None,
     ) -> None:
-        """One pass, which is queued and not waited for.
+        """One pass, which is queued and not waited for; the first of so many rows checks kernels.
 
         As ``ops.decode_step``: all on MPS but positions and ``sampling``. ``out`` may be token ids
         int64 [R] that a later pass takes as ``x``.
         """
+        self.check(len(x))
         ops.decode_step(self.native.handle, x, positions, rope, tables, slabs, out, sampling)
 
     def _build(self, *parts: Any) -> Any:

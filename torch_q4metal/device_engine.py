@@ -23,7 +23,6 @@ from .decode_mps import MetalDecodePlan
 from .local_engine import LocalEngine
 from .models.base import MATVEC_ROWS, PREFILL_CHUNK, CausalLM
 from .models.rope import RopeConfig
-from .self_check import check_model
 from .text import Choice, Text
 
 _AHEAD = 32
@@ -72,12 +71,6 @@ class DeviceEngine(LocalEngine):
 
         return Choice(sampler, sampling.logits_processors()).draw(text.tokens, text.logits)
 
-    def _check(self, rows: int) -> None:
-        """Raises SelfCheckError if a kernel for so many rows computes wrong numbers."""
-        if rows not in self._plan.checked_rows:
-            check_model(self._model, rows)
-            self._plan.checked_rows.add(rows)
-
     def _queue(self, texts: list[Text]) -> None:
         lane = texts[0].lane
         if not (isinstance(lane, _Lane) and lane.continues(texts)):
@@ -101,7 +94,7 @@ class DeviceEngine(LocalEngine):
         Pieces too short for the kernels that read prompts go through the plan, token by token: each
         number of rows would want kernels of its own, and a second to compile them.
         """
-        self._check(len(texts))
+        self._plan.check(len(texts))
         for text in texts:
             *tokens, _ = text.waiting
             while tokens:

@@ -64,18 +64,21 @@ def device() -> Iterator[tuple[str, str]]:
     yield "threads", str(torch.get_num_threads())
     yield "memory available", "unknown" if available is None else f"{available / 1e9:.1f} GB"
     yield "kernels", f"{ops.cpu_kernels()} ({'forced' if CPU.get() else 'best for this CPU'})"
-    yield "mps", _mps()
+    yield from _mps()
 
 
-def _mps() -> str:
+def _mps() -> Iterator[tuple[str, str]]:
     from .device import resolve_device
+    from .memory import available_on_mps
     from .self_check import place
 
     try:
         resolve_device("mps")
     except Q4MetalError as error:
-        return str(error)
-    return place()
+        yield "mps", str(error)
+        return
+    yield "mps", place()
+    yield "mps memory", f"{available_on_mps() / 1e9:.1f} GB available"
 
 
 def kernel_checks() -> "Iterator[Row]":

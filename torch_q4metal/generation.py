@@ -19,7 +19,7 @@ from torch import Tensor
 from . import cache as kv
 from .engine import engine_of
 from .errors import ContextLengthError, Q4MetalError
-from .machine import peak_rss
+from .memory import peak_memory
 from .models.base import MATVEC_ROWS, CausalLM
 from .models.loading import load_model
 from .sampling import LogitsProcessor, Sampler, SamplingParams
@@ -42,7 +42,7 @@ class GenerationResponse:
     prompt_tps         computed prompt tokens a second, up to the first token
     generation_tokens  tokens drawn so far, this one included
     generation_tps     tokens a second since the first token; 0 at the first
-    peak_memory        largest resident size of the process so far, in bytes
+    peak_memory        most bytes held so far: resident, and on MPS the GPU's buffers (memory.py)
     """
 
     text: str
@@ -154,7 +154,7 @@ def stream_generate(
             prompt_tps=(prompt_tokens - cached_tokens) / (first - begin),
             generation_tokens=row.drawn,
             generation_tps=(row.drawn - 1) / (now - first) if now > first else 0.0,
-            peak_memory=peak_rss(),
+            peak_memory=peak_memory(model.device),
         )
         if finish_reason is not None:
             return

@@ -1,7 +1,7 @@
 """What a decode plan's steps have to compute, in float64 with PyTorch, on random packed matrices.
 
-The answers that kernels are held to (kernel_case.py, doctor.py). They come from the written
-specification (reference.py) and from nothing that was compiled for the device in question.
+The answers that kernels are held to (plan_case.py, operator_case.py, device_check.py). They come
+from the written specification (reference.py) and from nothing that was compiled for the device.
 """
 
 from __future__ import annotations

@@ -28,6 +28,8 @@ STEPS = {
     "norm, head": "norm_head",
 }
 """Kinds of steps by the names that they get in tables."""
+COLD_BYTES = 1 << 29
+"""Of a pass that no cache helps: four times what the largest holds."""
 _PROBE_SUMS = 1024 * 256 // 32  # csrc/metal/read_probe_mps.cpp
 _PASSES = 4  # queued in a row, so that the GPU is not idle between them
 _LARGEST_GAMMA = 1 << 16
@@ -64,13 +66,21 @@ class Weights:
             bias=0,
         )
 
-    def read(self) -> Callable[[], None]:
-        """Queues a pass of the read probe over all codes."""
-        sums = torch.zeros(_PROBE_SUMS, dtype=torch.int32, device=self.device)
-        return lambda: torch.ops.q4metal.metal_read_probe(self.codes, sums)
-
     def _address(self, tensor: Tensor, offset: int) -> int:
         return int(self.memory.address(tensor.untyped_storage().data_ptr(), offset))
+
+
+def read_pass(words: Tensor) -> Callable[[], None]:
+    """Queues a pass of the read probe over ``words`` on MPS."""
+    sums = torch.zeros(_PROBE_SUMS, dtype=torch.int32, device=words.device)
+    return lambda: torch.ops.q4metal.metal_read_probe(words, sums)
+
+
+def read_gb_s(size: int, rounds: int) -> float:
+    """10**9 bytes a second at which the GPU reads ``size`` bytes: a median of so many rounds."""
+    words = random_words(size // 4, torch.device("mps"))
+    seconds = time_in_turns({"read probe": read_pass(words)}, rounds)
+    return words.nbytes / seconds["read probe"] / 1e9
 
 
 class StepPass:

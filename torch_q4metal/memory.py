@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import MemoryLimitError
+from .machine import peak_rss
 
 if TYPE_CHECKING:
     import torch
@@ -95,13 +96,30 @@ def available_memory() -> int | None:
     return None
 
 
-def available_on_mps() -> int | None:
+def available_on_mps() -> int:
     """Bytes that the GPU may still take, which shares the machine's memory."""
     import torch
 
     left = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     free = available_memory()
     return max(0, left if free is None else min(left, free))
+
+
+def gpu_bytes(device: torch.device) -> int:
+    """Bytes of the GPU's buffers of this process, 0 on the CPU.
+
+    Torch keeps what it has freed for the next tensor, so these are about the most that there were.
+    """
+    import torch
+
+    return torch.mps.driver_allocated_memory() if device.type == "mps" else 0
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held so far: its largest resident size, to which the GPU's
+    buffers are added on MPS. What the system counts as both counts twice.
+    """
+    return peak_rss() + gpu_bytes(device)
 
 
 def linux_available(proc: Path, cgroup: Path) -> int | None:

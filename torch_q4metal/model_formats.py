@@ -106,11 +106,12 @@ class ModelFormats:
         )
 
     @property
-    def products(self) -> list[Format]:
-        """Packed formats of all matrices that rows are multiplied by."""
-        found: dict[Format, None] = {}
-        for layer in self.layers:
-            found |= dict.fromkeys(vars(layer).values())
-        if self.head is not None:
-            found[self.head] = None
-        return [form for form in found if form.bits]
+    def layer_products(self) -> list[Format]:
+        """Packed formats of the matrices in layers that rows are multiplied by."""
+        used = [form for layer in self.layers for form in vars(layer).values()]
+        return [form for form in dict.fromkeys(used) if form.bits]
+
+    @property
+    def head_products(self) -> list[Format]:
+        """The head's format, if it is here and packed."""
+        return [] if self.head is None or self.head.bits == 0 else [self.head]

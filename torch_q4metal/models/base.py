@@ -1,4 +1,4 @@
-"""What all model families share: the cached forward pass, attention, layers that compute in f32.
+"""What all model families share: the cached forward pass and attention.
 
 A family supplies its config, its block and their modules, named as in MLX checkpoints. The residual
 stream is f32 always: Qwen2.5 has activations that overflow f16.
@@ -6,6 +6,7 @@ stream is f32 always: Qwen2.5 has activations that overflow f16.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as List
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,7 +29,6 @@ PREFILL_CHUNK = 512
 MATVEC_ROWS = 8
 """Up to so many rows the ops use matvec kernels, whose rows do not depend on each other."""
 DEFAULT_CONTEXT = 8192
-_DENSE_BLOCK_BYTES = 16 << 20
 
 
 class Step:
@@ -144,69 +144,6 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.float(), self.eps).to(self.dtype)
 
 
-class DenseLinear(nn.Linear):
-    """A matrix that the checkpoint left dense: kept in its own dtype, computed in f32.
-
-    Converted block by block, never as a whole: a dense 16-bit head of a 7B model would take 2 GB.
-    Up to 8 rows each is a product of its own, so that its numbers do not depend on the others.
-    """
-
-    @classmethod
-    def of(cls, linear: nn.Linear) -> DenseLinear:
-        """The same parameters, computed in f32."""
-        dense = cls.__new__(cls)
-        dense.__dict__ = linear.__dict__
-        return dense
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = _dense_product(x.float().flatten(0, -2), self.weight)
-        if self.bias is not None:
-            out = out + self.bias.float()
-        return out.to(x.dtype).unflatten(0, x.shape[:-1])
-
-
-class DenseEmbedding(nn.Embedding):
-    """A dense embedding table: rows in f32, and the head of tied models."""
-
-    @classmethod
-    def of(cls, embedding: nn.Embedding) -> DenseEmbedding:
-        """The same table, with rows in f32."""
-        dense = cls.__new__(cls)
-        dense.__dict__ = embedding.__dict__
-        return dense
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight).float()
-
-    def as_linear(self, x: Tensor) -> Tensor:
-        return _dense_product(x.float().flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
-
-
-def compute_dense_in_f32(module: nn.Module) -> None:
-    """Puts DenseLinear and DenseEmbedding in the place of what ``load_packed`` left dense."""
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, DenseLinear.of(child))
-            elif type(child) is nn.Embedding:
-                setattr(parent, name, DenseEmbedding.of(child))
-
-
-def _dense_product(rows: Tensor, weight: Tensor) -> Tensor:
-    """rows [M, K] f32 times weight [N, K] of any dtype, transposed: [M, N] f32."""
-    block = weight.shape[0]
-    if weight.dtype != torch.float32:
-        block = max(1, _DENSE_BLOCK_BYTES // (4 * weight.shape[1]))
-    outs = []
-    for part in weight.split(block):
-        part = part.float()
-        if 1 < rows.shape[0] <= MATVEC_ROWS:
-            outs.append(torch.cat([F.linear(row, part) for row in rows.split(1)]))
-        else:
-            outs.append(F.linear(rows, part))
-    return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
-
-
 class Layers(nn.ModuleList):
     """Blocks under the names that they have in the whole model, whose layer ``first`` is theirs."""
 
@@ -256,6 +193,7 @@ class CausalLM(nn.Module):
     ``eager``         True: generation decodes with these modules too, instead of the decode plan
     ``part``          the layers that are here; all of them, unless it is a pipeline stage
     ``engine``        what computes tokens where ``part`` is not the whole model (pipeline/)
+    ``before_rows``   called with "layers" or "head" and a number of rows before they go through
     """
 
     config_class: ClassVar[Any]
@@ -279,6 +217,7 @@ class CausalLM(nn.Module):
         self.checkpoint: Checkpoint | None = None
         self.eager = False
         self.engine: Engine | None = None
+        self.before_rows: Callable[[str, int], object] | None = None
         self.pool_class: type[KVPool] = KVPool
         # Blocks count the layers of the KV cache, which holds only theirs.
         blocks = [self.block(config, layer, dtype) for layer in range(len(self.part.layers))]
@@ -307,6 +246,7 @@ class CausalLM(nn.Module):
             )
         count = ids.shape[1]
         if cache is None:
+            self._announce("layers", ids.numel())
             hidden = self.model(
                 ids.to(self.device), Step(self.config, [], count, count, self.device)
             )
@@ -336,6 +276,7 @@ class CausalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocab_size] in f32 of the residual stream [..., hidden_size]."""
+        self._announce("head", hidden.shape[:-1].numel())
         x = self.model.norm(hidden)
         head = self.model.embed_tokens.as_linear if self.config.tied else self.lm_head
         return head(x).float()
@@ -394,6 +335,11 @@ class CausalLM(nn.Module):
         of the longest text, once all chunks of this call are done.
         """
         count = x.shape[1]
+        self._announce("layers", len(x) * count)
         windows = [Window(sequence, count) for sequence in cache]
         step = Step(self.config, windows, count, length, self.device)
         return self.model(x.to(self.device), step)
+
+    def _announce(self, part: str, rows: int) -> None:
+        if self.before_rows is not None:
+            self.before_rows(part, rows)

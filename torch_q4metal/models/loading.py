@@ -13,8 +13,9 @@ from ..errors import ConfigError, Q4MetalError
 from ..linear import Q4Embedding
 from ..memory import check_memory
 from ..packed import load_packed
-from .base import DEFAULT_CONTEXT, CausalLM, compute_dense_in_f32
+from .base import DEFAULT_CONTEXT, CausalLM
 from .config import DecoderConfig
+from .dense import compute_dense_in_f32
 from .fields import Fields
 from .llama import Llama
 from .part import Part

@@ -382,10 +382,10 @@ class _Stage:
                 force=settings.force,
                 layers=layers,
             )
+            self.model.eager = settings.eager
+            plan = decode.plan_of(self.model)  # which checks a GPU's kernels
         except Q4MetalError as error:
             return self._failed(error, info)
-        self.model.eager = settings.eager
-        plan = decode.plan_of(self.model)
         checkpoint = self.model.checkpoint
         assert checkpoint is not None
         return info | {

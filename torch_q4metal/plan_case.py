@@ -1,135 +1,80 @@
-"""A small model in a given model's formats: inputs and answers of each of its Metal kernels.
+"""The decode plan of a small model on MPS: inputs and answers of each of its kernels.
 
-Every step of its decode plan has memory of its own (csrc/plan/plan.h: isolate), so each kernel is
-seen alone, and all of them run in one command buffer, behind the operators that read prompts.
+Every step has memory of its own (csrc/plan/plan.h: isolate), so each kernel is seen alone, and all
+of them run in one command buffer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _extension, device_sampling, known_answers, ops
+from . import _extension, device_sampling, known_answers
 from .cache import BLOCK
 from .decode_plan import NATIVE_DTYPES
-from .known_answers import NORM_EPS, Answer, Material, Matrix
-from .model_formats import Format, ModelFormats
+from .known_answers import NORM_EPS, Answer, Matrix
 from .models.base import MATVEC_ROWS
+from .operator_case import SUMS
 from .sampling import SamplingParams
+from .small_model import SmallModel
 
 POSITIONS = (700, 3, 133, 39, 73, 205, 17, 341)
 """Of rows. Different modulo 32: rows share the cache's blocks, and no two write one place."""
 _BLOCKS = 2
 LONG_CONTEXT = 1025
 """The shortest context that needs attention's kernels for long ones."""
-_PROMPT_ROWS = (9, 17, 33)  # one for each tile of the matmul
 _CACHE_STEPS = ("norm_qkv_rope_append", "attention")
 _SAMPLING, _SEED = SamplingParams(temperature=0.8, top_k=20), (1 << 40) + 3
-# Relative rms errors: float32 sums in another order; tiles and results in 16 bits.
-_SUMS = 2e-5
-_PRODUCT = {torch.float32: _SUMS, torch.float16: 3e-3, torch.bfloat16: 1.2e-2}
-_ROUNDED = {torch.float32: _SUMS, torch.float16: 6e-4, torch.bfloat16: 5e-3}
+# Relative rms errors of what is kept in 16 bits.
+_ROUNDED = {torch.float32: SUMS, torch.float16: 6e-4, torch.bfloat16: 5e-3}
 
 _native = _extension.load()
 _Buffer = tuple[str, int, int]  # name, offset in the workspace, bytes a row
 _Take = Callable[[Tensor, Tensor], Tensor]  # of the workspace and the cache, both on the CPU
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Of the small model. K above 512 is more than a simdgroup takes at a time."""
+class PlanCase:
+    """The plan of ``model`` for ``rows`` (1 to 8) tokens at once. Building it compiles nothing.
 
-    hidden: int
-    intermediate: int
-    vocabulary: int
-
-
-class KernelCase:
-    """The small model on ``device``, for ``rows`` (1 to 8) tokens at once.
-
-    ``data_bytes``: of all tensors on the device. Building it compiles nothing.
+    ``plan_bytes``  on the device beside the model's tensors
     """
 
-    def __init__(
-        self, formats: ModelFormats, rows: int, sizes: Sizes, device: torch.device | str
-    ) -> None:
-        self._formats, self._rows, self._sizes, self._device = formats, rows, sizes, device
-        self._kv_heads, self._heads = _heads(formats)
-        self._material = Material(torch.Generator().manual_seed(0))
-        self._on_device: dict[int, Tensor] = {}  # by the address of the CPU's
-        self._matrices = self._make_matrices()
-        self._gamma = self._material.uniform(sizes.hidden, 0.5, 1.5)
+    def __init__(self, model: SmallModel, rows: int) -> None:
+        self._model, self._formats, self._rows = model, model.formats, rows
+        self._sizes, self._material = model.sizes, model.material
+        self._kv_heads, self._heads = model.kv_heads, model.heads
+        self._matrices, self._moved = model.matrices, model.moved
+        self._gamma = self._material.uniform(model.sizes.hidden, 0.5, 1.5)
         self._memory = _native.DeviceMemory()
         self._plan = self._build_plan()
         self._steps = self._plan.steps(rows)
         self._make_inputs()
 
     @property
-    def data_bytes(self) -> int:
-        moved = sum(tensor.nbytes for tensor in self._on_device.values())
+    def plan_bytes(self) -> int:
         logits = 4 * MATVEC_ROWS * self._sizes.vocabulary  # the plan's own
-        return moved + int(self._plan.workspace_bytes) + logits
+        return int(self._plan.workspace_bytes) + logits
 
-    def run(self) -> list[tuple[Answer, Tensor]]:
-        """Each answer with what the device gave, on the CPU."""
-        answers = list(self._step_answers())
-        products = list(self._prompt_answers()) if self._rows == 1 else []
-        workspace = torch.ops.q4metal.metal_workspace(self._plan.handle)
-        workspace.copy_(self._workspace)
-        made = [call() for _, call in products]  # encoded, and handed over with the plan's steps
+    def prepare(self) -> None:
+        """Works out the answers, and puts each step's inputs where it reads them."""
+        self._answers = list(self._step_answers())
+        self._there = torch.ops.q4metal.metal_workspace(self._plan.handle)
+        self._there.copy_(self._workspace)
+
+    def queue(self) -> None:
+        """One pass, after ``prepare``."""
         torch.ops.q4metal.decode_step(self._plan.handle, *self._arguments)
-        after = workspace.cpu()
+
+    def results(self) -> list[tuple[Answer, Tensor]]:
+        """Each answer with what the device gave, on the CPU."""
+        after = self._there.cpu()
         cache = torch.cat([self._moved(slab).cpu() for slab in self._slabs], 2)
-        found = [(answer, result.cpu()) for (answer, _), result in zip(products, made)]
-        return found + [(answer, take(after, cache)) for answer, take in answers]
+        return [(answer, take(after, cache)) for answer, take in self._answers]
 
     # ---- what the plan is made of
-
-    def _shapes(self) -> dict[str, tuple[int, int]]:
-        hidden, intermediate = self._sizes.hidden, self._sizes.intermediate
-        dim = self._formats.head_dim
-        query, kv = self._heads * dim, self._kv_heads * dim
-        return {
-            "q": (query, hidden),
-            "k": (kv, hidden),
-            "v": (kv, hidden),
-            "output": (hidden, query),
-            "gate": (intermediate, hidden),
-            "up": (intermediate, hidden),
-            "down": (hidden, intermediate),
-            "table": (self._sizes.vocabulary, hidden),
-            "head": (self._sizes.vocabulary, hidden),
-        }
-
-    def _make_matrices(self) -> dict[tuple[str, Format], Matrix]:
-        wanted: dict[tuple[str, Format], tuple[int, int]] = {}
-        shapes = self._shapes()
-        named = [item for layer in self._formats.layers for item in vars(layer).items()]
-        named += [("table", self._formats.table), ("head", self._formats.head)]
-        for name, form in named:
-            if form is not None:
-                wanted[name, form] = shapes[name]
-        largest: dict[Format, int] = {}
-        for (_, form), (n, k) in wanted.items():
-            largest[form] = max(n * k, largest.get(form, 0))
-        self._material.prepare(largest)
-        with_bias = ("q", "v", "output", "up")
-        return {
-            key: self._material.matrix(key[1], n, k, key[0] in with_bias)
-            for key, (n, k) in wanted.items()
-        }
-
-    def _moved(self, tensor: Tensor) -> Tensor:
-        """The tensor on the device; what shares memory on the CPU shares it there."""
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._on_device:
-            whole = torch.empty(0, dtype=tensor.dtype).set_(storage)
-            self._on_device[storage.data_ptr()] = whole.to(self._device)
-        return self._on_device[storage.data_ptr()][: tensor.numel()].view(tensor.shape)
 
     def _address(self, tensor: Tensor | None) -> int:
         if tensor is None:
@@ -206,7 +151,6 @@ class KernelCase:
         ]
         self._ids = torch.arange(rows) * 7 % self._sizes.vocabulary
         self._hidden = material.normal(rows, self._sizes.hidden)
-        self._x = material.normal(_PROMPT_ROWS[-1], self._largest_k()).to(self._formats.dtype)
         embeds, has_head = self._formats.table is not None, self._formats.head is not None
         if has_head:
             out, sampling = (
@@ -221,11 +165,6 @@ class KernelCase:
             moved(self._ids if embeds else self._hidden), self._positions, moved(self._rope),
             moved(self._tables), sampling, [moved(slab) for slab in self._slabs], moved(out),
         )  # fmt: skip
-        if rows == 1:
-            moved(self._ids), moved(self._x)  # for prompts, and so that they are counted
-
-    def _largest_k(self) -> int:
-        return max((matrix.shape[1] for matrix in self._matrices.values()), default=1)
 
     def _put(self, buffer: _Buffer, values: Tensor) -> Tensor:
         """Writes rows into the workspace, and returns them."""
@@ -239,46 +178,6 @@ class KernelCase:
         return self._put(buffer, spread * self._material.normal(self._rows, buffer[2] // 4))
 
     # ---- what it must give
-
-    def _prompt_answers(self) -> Iterator[tuple[Answer, Callable[[], Tensor]]]:
-        """Of the operators that read prompts."""
-        formats = self._formats
-        for form in formats.products:
-            matrix = next(m for (_, f), m in self._matrices.items() if f == form)
-            counts = (1, *_PROMPT_ROWS) if form == formats.head else _PROMPT_ROWS
-            for count in counts:
-                yield self._product(matrix, count)
-        table = formats.table
-        if table is not None and table.bits:
-            matrix, ids = self._matrices["table", table], self._ids
-            weight, scales, biases = map(self._moved, matrix.packed)
-            moved = self._moved(ids)
-            yield (
-                Answer(f"q4_embedding ({table})", matrix.dense()[ids], _SUMS),
-                lambda: ops.embedding(
-                    moved, weight, scales, biases, table.group_size, table.bits, dtype=torch.float32
-                ),
-            )
-
-    def _product(self, matrix: Matrix, count: int) -> tuple[Answer, Callable[[], Tensor]]:
-        form, dtype, precision = matrix.format, self._formats.dtype, self._formats.precision
-        columns = matrix.shape[1]
-        x, moved = (
-            whole.flatten()[: count * columns].view(count, columns)
-            for whole in (self._x, self._moved(self._x))
-        )
-        weight, scales, biases = map(self._moved, matrix.packed)
-        bias = None if matrix.bias is None else self._moved(matrix.bias)
-        result = torch.promote_types(dtype, form.dtype)
-        name = "q4_matvec" if count == 1 else "q4_matmul"
-        kernel = f"{name} ({form}, x {str(dtype).removeprefix('torch.')}, {count} rows)"
-        return (
-            Answer(kernel, matrix.product(x), _PRODUCT[result]),
-            lambda: ops.matmul(
-                moved, weight, scales, biases, bias, True, form.group_size, form.bits,
-                precision=precision,
-            ),
-        )  # fmt: skip
 
     def _step_answers(self) -> Iterator[tuple[Answer, _Take]]:
         """Of the plan's steps, in their order."""
@@ -343,7 +242,7 @@ class KernelCase:
             rows = workspace[offset : offset + size * self._rows].view(dtype)
             return rows.view(exact.shape)
 
-        return Answer(kernel, exact, _SUMS), take
+        return Answer(kernel, exact, SUMS), take
 
     def _residual_answer(
         self, kernel: str, matrix: Matrix, reads: list[_Buffer], writes: list[_Buffer]
@@ -388,17 +287,3 @@ class KernelCase:
     def _by_position(cache: Tensor, layer: int) -> Tensor:
         """[2, blocks, 32, kv_heads, head_dim] of one layer."""
         return cache[:, layer].transpose(2, 3)
-
-
-def _heads(formats: ModelFormats) -> tuple[int, int]:
-    """(heads of keys and values, query heads): as few as make whole groups of the output matrix.
-
-    As many query heads share keys and values as a threadgroup takes of the model's (plan_launch.h).
-    """
-    group = formats.heads // formats.kv_heads
-    shared = max(count for count in range(1, 9) if group % count == 0)
-    sizes = [layer.output.group_size or 16 for layer in formats.layers]
-    for kv_heads in range(1, formats.kv_heads + 1):
-        if all(kv_heads * shared * formats.head_dim % size == 0 for size in sizes):
-            return kv_heads, kv_heads * shared
-    return formats.kv_heads, formats.heads

@@ -17,11 +17,20 @@ from .cache import Sequence
 from .decode_plan import DecodePlan, block_tables, places_of_rows
 from .model_formats import ModelFormats
 from .models.base import CausalLM
+from .row_inputs import RowInputs
 from .self_check import check_plan
 
 _native = _extension.load()
 _MPS = torch.device("mps")
 _ALIGNMENT = 16  # bytes that kernels load at a time
+
+
+class _DeviceInputs(RowInputs):
+    """With copies on MPS of what kernels read there."""
+
+    def fill(self, cache: List[Sequence], counts: List[int], length: int = 0) -> None:
+        super().fill(cache, counts, length)
+        self.device_rope, self.device_tables = self.rope.to(_MPS), self.tables.to(_MPS)
 
 
 class MetalDecodePlan(DecodePlan):
@@ -53,21 +62,16 @@ class MetalDecodePlan(DecodePlan):
             check_plan(self._formats, rows)
             self._checked.add(rows)
 
-    def advance(
-        self,
-        x: Tensor,
-        cache: List[Sequence],
-        counts: List[int],
-        out: Tensor | None = None,
-        length: int = 0,
-    ) -> Tensor:
-        """As ``DecodePlan.advance``, of at most 8 rows; x and the result are on the CPU."""
-        positions, rope = places_of_rows(self._rope, cache, counts, length)
-        rows = torch.empty(len(x), self._width, device=_MPS)
-        tables = block_tables(cache, counts).to(_MPS)
-        slabs = cache[0].pool.slabs
-        self.step(x.to(_MPS), positions, rope.to(_MPS), tables, slabs, rows)
-        return rows.cpu() if out is None else out.copy_(rows)
+    def row_inputs(self) -> RowInputs:
+        return _DeviceInputs(self._rope_rows)
+
+    def run(self, x: Tensor, inputs: RowInputs, slabs: list[Tensor], out: Tensor) -> None:
+        """As ``DecodePlan.run``; x and ``out`` are on the CPU."""
+        assert isinstance(inputs, _DeviceInputs), "what row_inputs gives"
+        rows = torch.empty(out.shape, device=_MPS)
+        rope, tables = inputs.device_rope, inputs.device_tables
+        self.step(x.to(_MPS), inputs.positions, rope, tables, slabs, rows)
+        out.copy_(rows)
 
     def read(self, tokens: List[int], sequence: Sequence, length: int) -> None:
         """Puts tokens into the sequence, one at a time; ``length`` as for ``advance``."""

@@ -19,6 +19,7 @@ from .cache import Sequence
 from .linear import PackedModule, Q4Embedding, Q4Linear
 from .models.base import MATVEC_ROWS, PREFILL_CHUNK, CausalLM
 from .models.rope import RopeConfig
+from .row_inputs import RopeRows, RowInputs
 
 _native = _extension.load()
 NATIVE_DTYPES = {
@@ -39,6 +40,8 @@ class DecodePlan:
         """Raises ValueError, naming the matrix, where shapes do not fit; see ``is_supported``."""
         config = model.config
         self._rope = config.rope
+        self._rope_rows = RopeRows(config.rope)
+        self._inputs: list[RowInputs] = []  # free ones: threads may decode at once
         self._width = config.vocab_size if model.part.has_head else config.hidden_size
         self._kept: list[Tensor] = []  # what the plan's addresses point into
         decoder: Any = model.model
@@ -128,12 +131,29 @@ class DecodePlan:
         rows, and do not count them yet. ``length``: positions of the text once all chunks of its
         prompt are done, if it is longer than these rows make it.
         """
-        positions, rope = places_of_rows(self._rope, cache, counts, length)
         if out is None:
             out = torch.empty(len(x), self._width)
+        slabs = cache[0].pool.slabs
+        if len(x) <= MATVEC_ROWS:
+            inputs = self._inputs.pop() if self._inputs else self.row_inputs()
+            inputs.fill(cache, counts, length)
+            self.run(x, inputs, slabs, out)
+            self._inputs.append(inputs)
+            return out
+        positions, rope = places_of_rows(self._rope, cache, counts, length)
         tables = block_tables(cache, counts)
-        ops.decode_step(self.native.handle, x, positions, rope, tables, cache[0].pool.slabs, out)
+        ops.decode_step(self.native.handle, x, positions, rope, tables, slabs, out)
         return out
+
+    def row_inputs(self) -> RowInputs:
+        """What ``run`` takes, to be filled."""
+        return RowInputs(self._rope_rows)
+
+    def run(self, x: Tensor, inputs: RowInputs, slabs: list[Tensor], out: Tensor) -> None:
+        """``advance`` of up to 8 rows whose places are ``inputs`` already."""
+        ops.decode_step(
+            self.native.handle, x, inputs.positions, inputs.rope, inputs.tables, slabs, out
+        )
 
     def _build(self, *parts: Any) -> Any:
         return _native.DecodePlan(*parts)

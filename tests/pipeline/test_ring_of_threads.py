@@ -12,6 +12,7 @@ from torch_q4metal.cache import Sequence
 from torch_q4metal.errors import ContextLengthError, PipelineError
 from torch_q4metal.generation import decode_together, generate_step
 from torch_q4metal.models import load_model
+from torch_q4metal.pipeline.message import Message
 from torch_q4metal.sampling import SamplingParams, make_sampler
 from torch_q4metal.text import Text
 
@@ -94,6 +95,30 @@ def test_a_batch_gives_each_text_its_own_tokens(pair, counts):
         assert run(staged) == run(whole)
 
 
+@pytest.mark.parametrize(("texts", "passes"), [(1, 1), (4, 5)])
+def test_tokens_are_looked_ahead_to(pair, monkeypatch, texts, passes):
+    """Ranks 1 and 2 read only prompts, and the first pass that two texts have together."""
+    whole, ring = pair((1, 2, 1))
+    prompts = [random_prompt(n) for n in (40, 45, 37, 42)][:texts]
+    read = []
+
+    def run(model):
+        found = [[] for _ in prompts]
+
+        def take(index, token, last):
+            found[index].append(token)
+            return False
+
+        decode_together(model, [list(prompt) for prompt in prompts], 18, take)
+        return found
+
+    with ring as staged:
+        read_pass = Message.read_pass
+        monkeypatch.setattr(Message, "read_pass", lambda m: (read.append(m), read_pass(m))[1])
+        assert run(staged) == run(whole)
+        assert len(read) == 2 * passes
+
+
 def test_samplers_of_the_caller_stay_with_it(pair):
     """Callables cannot travel: the logits come back. Numbers stay the same."""
     whole, ring = pair()
@@ -144,6 +169,14 @@ def test_texts_are_cut_back_shared_and_freed(pair, counts):
         gc.collect()
         go_on(prompt + random_prompt(12), third)
         go_on(random_prompt(40, seed=9), Sequence(pool))
+        # A text goes on where another one has been in its cache meanwhile, in other blocks.
+        held = generate_step(list(prompt), model, cache=third)
+        found.extend(next(held)[1] for _ in range(2))
+        third.truncate(60)
+        taken = Sequence(pool)
+        taken.reserve(1)
+        between = generate_step(prompt[:60] + random_prompt(11), model, cache=third)
+        found.extend(next(steps)[1] for steps in (between, held))
         return torch.stack(found)
 
     with ring as staged:

@@ -129,6 +129,10 @@ class RopeConfig:
             return _mscale(self.factor, self.mscale) / _mscale(self.factor, self.mscale_all_dim)
         return _mscale(self.factor, 1.0)
 
+    def depends_on(self, length: int) -> bool:
+        """Whether rows of a text of so many positions are others than those of a short one."""
+        return self.rope_type == "dynamic" and length > self.max_position_embeddings
+
     def inverse_frequencies(self, length: int) -> Tensor:
         """[head_dim / 2] f64: by how much each pair turns from one position to the next.
 

@@ -18,7 +18,7 @@ from ..models.base import MATVEC_ROWS, PREFILL_CHUNK, CausalLM
 from ..text import Text
 from .interrupts import Deferral
 from .message import Kind, Message, Pass, Place, Want, pass_bytes, result_bytes
-from .stage import Stage
+from .stage import Ahead, Stage
 from .transport import Transport
 from .worker import RESULTS, Inbox, Outbox
 
@@ -88,6 +88,11 @@ class Driver:
         for text in texts:
             self._model.check_context(len(text.tokens))
             text.cache.reserve(len(text.waiting))
+        lane = texts[0].lane
+        if isinstance(lane, _Lane) and self._continues(lane, texts):
+            lane.take(texts)
+            self._send(lane.ahead.work, lane.x, texts, lane.ids, lane.ahead)
+            return
         counts = {len(text.waiting) for text in texts}
         rows = sum(len(text.waiting) for text in texts)
         pools = {id(text.cache.pool) for text in texts}
@@ -137,27 +142,60 @@ class Driver:
 
     def _pass(self, texts: list[Text], count: int | None, planned: bool) -> None:
         """One pass of the next ``count`` tokens of each text; None is all that wait."""
-        while len(self._under_way) >= RESULTS:
-            self._take_result()
         ids = [text.waiting[:count] for text in texts]
         pool = texts[0].cache.pool
         assert isinstance(pool, LeadPool), "it was made before the model became a stage"
         places = [self._place(text, len(new)) for text, new in zip(texts, ids, strict=True)]
         work = Pass(
-            next(self._numbers), pool.number, pool.max_tokens, planned, places,
-            list(pool.copies), self._news(texts, places),
+            pool.number, pool.max_tokens, planned, places, list(pool.copies),
+            self._news(texts, places),
         )  # fmt: skip
         x = torch.tensor([token for new in ids for token in new])
+        self._send(work, x, texts, ids)
+
+    def _send(
+        self,
+        work: Pass,
+        x: Tensor,
+        texts: list[Text],
+        ids: list[list[int]],
+        ahead: Ahead | None = None,
+    ) -> None:
+        """Computes this stage of a pass, sends it on, and prepares the next one."""
+        while len(self._under_way) >= RESULTS:
+            self._take_result()
+        number = next(self._numbers)
+        caches = [text.cache for text in texts]
         message = self._outbox.take()
         try:
-            out = message.put_pass(work, self._hidden_size)
-            self._stage.compute(work, x, [text.cache for text in texts], out)
+            if ahead is None:
+                out = message.put_pass(number, work, self._hidden_size)
+            else:
+                out = message.put_head(number, ahead.head, self._hidden_size)
+            self._stage.compute(work, x, caches, out, ahead)
         except BaseException:
             self._outbox.put_back(message)
             raise
         with Deferral():  # it is sent and accounted for, or neither
             self._outbox.send(message)
-            self._account(work, texts, ids, pool)
+            self._account(number, work, texts, ids)
+        self._look_ahead(work, texts)
+
+    def _look_ahead(self, work: Pass, texts: list[Text]) -> None:
+        """Prepares what probably comes next for the texts of a pass that is on its way."""
+        following = work.next()
+        if following is None:
+            return
+        ahead = self._stage.look_ahead(following, [text.cache for text in texts])
+        if ahead is not None:
+            texts[0].lane = _Lane(ahead, [self._slots[text.cache] for text in texts])
+
+    def _continues(self, lane: _Lane, texts: list[Text]) -> bool:
+        """Whether the next pass of texts is the one that was looked ahead to."""
+        pool: Any = texts[0].cache.pool
+        if pool.copies or any(self._gone.values()):  # the other stages have to be told
+            return False
+        return lane.is_of(texts, [self._slots.get(text.cache) for text in texts])
 
     def _place(self, text: Text, count: int) -> Place:
         cache = text.cache
@@ -199,10 +237,11 @@ class Driver:
         ]
         return {name: value for name, value in news.items() if value}
 
-    def _account(self, work: Pass, texts: list[Text], ids: list[list[int]], pool: LeadPool) -> None:
+    def _account(self, number: int, work: Pass, texts: list[Text], ids: list[list[int]]) -> None:
         """Takes down that a pass was sent: from here on it counts."""
         for name, numbers in self._gone.items():  # some may have come since it was written
             del numbers[: len(work.news.get(name, ()))]
+        pool: Any = texts[0].cache.pool
         del pool.copies[: len(work.copies)]
         if pool not in self._pools:
             self._pools.add(pool)
@@ -220,7 +259,7 @@ class Driver:
             text = self._texts[news["number"]]
             weakref.finalize(text, self._forget_text, text.number)
         if work.wants_result:
-            self._under_way.append(work.number)
+            self._under_way.append(number)
 
     def _forget_text(self, number: int) -> None:
         self._known.discard(number)
@@ -249,7 +288,7 @@ class Driver:
     def _sort_result(self) -> None:
         """Gives each text of a result that has come what is its own."""
         message = self._inbox.next()
-        if message.kind is Kind.CONTROL:
+        if message.kind == Kind.CONTROL:
             self._is_over = True
             raise PipelineError(message.control().get("failed", "the pipeline has ended."))
         number, drawn = message.read_result()
@@ -263,11 +302,44 @@ class Driver:
 
 
 class _Slot:
-    """A text's number among the stages, and the block table that they know."""
+    """A text's number among the stages, and the block table that they know: a list that stays as it
+    is, until another one takes its place.
+    """
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.table: list[int] = []
+
+
+class _Lane:
+    """Texts that are decoded together, and the pass that was prepared for them: x int64 [texts] and
+    ``ids`` take their tokens.
+    """
+
+    def __init__(self, ahead: Ahead, slots: list[_Slot]) -> None:
+        self.ahead = ahead
+        self._slots = slots
+        self._tables = [slot.table for slot in slots]
+        self.x = torch.zeros(len(slots), dtype=torch.int64)
+        self.ids = [[0] for _ in slots]
+        self._tokens: memoryview = self.x.numpy().data
+
+    def is_of(self, texts: list[Text], slots: list[_Slot | None]) -> bool:
+        """Whether the pass is that of these texts, whose places among the stages are ``slots``."""
+        return slots == self._slots and all(
+            text.number == place.text
+            and len(text.tokens) == place.length
+            and text.cache.length == place.start
+            and text.cache.block_table == slot.table == table
+            for text, place, slot, table in zip(
+                texts, self.ahead.work.places, self._slots, self._tables
+            )
+        )
+
+    def take(self, texts: list[Text]) -> None:
+        """Takes the last token of each text."""
+        for i, text in enumerate(texts):
+            self._tokens[i] = self.ids[i][0] = text.tokens[-1]
 
 
 def _want(text: Text) -> Want:

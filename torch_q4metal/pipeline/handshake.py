@@ -75,7 +75,7 @@ def ask_round(transport: Transport, content: dict[str, Any]) -> dict[str, Any]:
     """Rank 0: sends a control message round and returns it as it comes back."""
     message = Message(CONTROL_BYTES)
     message.put_control(content)
-    sent = transport.send(message.bytes)
+    sent = transport.send(message.tensor)
     answer = Message(CONTROL_BYTES)
     transport.receive(answer.buffer).wait()
     sent.wait()
@@ -93,7 +93,7 @@ def pass_on(transport: Transport, content: dict[str, Any]) -> None:
     """Other ranks: sends a control message to the next rank."""
     message = Message(CONTROL_BYTES)
     message.put_control(content)
-    transport.send(message.bytes).wait()
+    transport.send(message.tensor).wait()
 
 
 def describe(rank: int, split: str) -> RankInfo:

@@ -113,9 +113,9 @@ def _send_pieces(transport: Transport, watch: Watch, links: list[dict[str, Any]]
             break
         if len(sent) == _AHEAD:
             sent.popleft().wait()
-        sent.append(transport.send(piece.bytes))
+        sent.append(transport.send(piece.tensor))
     for _ in range(_AHEAD):  # one for each receive that waits
-        sent.append(transport.send(last.bytes))
+        sent.append(transport.send(last.tensor))
     for transfer in sent:
         transfer.wait()
 
@@ -124,7 +124,7 @@ def _time_pieces(transport: Transport) -> list[dict[str, Any]]:
     """The links so far, with the one whose pieces arrive here."""
     inbox = Inbox(transport, _PIECE_BYTES, _AHEAD)
     arrived = []
-    while (message := inbox.next()).kind is Kind.FILLER:
+    while (message := inbox.next()).kind == Kind.FILLER:
         arrived.append(time.perf_counter())
         inbox.give_back(message)
     content = message.control()

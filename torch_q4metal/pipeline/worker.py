@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cache import Sequence
 from ..errors import PipelineError
 from ..models.base import CausalLM
 from ..sampling import SamplingParams
 from ..text import Choice
 from .message import Kind, Message, Pass, Want, pass_bytes, result_bytes
-from .stage import Stage, StageCache
+from .stage import Ahead, Stage, StageCache
 from .transport import Transfer, Transport
 
 _BUFFERS = 2  # one is computed on while the other is under way
@@ -44,7 +45,7 @@ class Outbox:
 
     def send(self, message: Message) -> None:
         """Starts to send what ``take`` gave."""
-        self._leaving.append((message, self._transport.send(message.bytes)))
+        self._leaving.append((message, self._transport.send(message.tensor)))
 
     def send_end(self, content: dict[str, Any], next_rank: int) -> None:
         """Sends a last control message, once for each receive that waits for it, and waits."""
@@ -127,6 +128,7 @@ class Worker:
         self._stage = Stage(model)
         self._cache = StageCache(model)
         self._chooser = Chooser()
+        self._ahead: dict[bytes, tuple[Ahead, list[Sequence]]] = {}  # by head
         size = pass_bytes(config.hidden_size, model.max_kv_size)
         self._inbox = Inbox(transport, size)
         leaving = result_bytes(config.vocab_size) if model.part.has_head else size
@@ -139,14 +141,16 @@ class Worker:
         """
         while True:
             message = self._inbox.next()
-            if message.kind is Kind.CONTROL:
+            if message.kind == Kind.CONTROL:
                 content = message.control()
                 if "failed" not in content:
                     self._inbox.drain()
                 self._outbox.send_end(content, self._next)
                 return "failed" not in content
             try:
-                self._work(message)
+                work = self._work(message)
+                self._inbox.give_back(message)
+                self._look_ahead(work)
             except PipelineError:
                 raise
             except Exception as error:
@@ -154,22 +158,45 @@ class Worker:
                 failed += f"{type(error).__name__}: {error}"
                 self._outbox.send_end({"failed": failed}, self._next)
                 raise
-            self._inbox.give_back(message)
 
-    def _work(self, message: Message) -> None:
-        work = message.read_pass()
-        cache = self._cache.follow(work)
+    def _work(self, message: Message) -> Pass:
+        """Computes a pass and sends what comes of it."""
+        ahead, texts = self._ahead.pop(message.short_head, (None, []))
+        if ahead is not None:
+            work = ahead.work
+        else:
+            work = message.read_pass()
+            texts = self._cache.follow(work)
+            self._forget_ahead(work)
         x = message.rows(self._hidden_size)
         if self._model.part.has_head:
-            self._finish(work, self._stage.compute(work, x, list(cache), None))
-            return
-        answer = self._outbox.take()
-        out = answer.copy_pass(message, self._hidden_size)
-        self._stage.compute(work, x, list(cache), out)
-        self._outbox.send(answer)
+            logits = self._stage.compute(work, x, texts, None, ahead)
+            self._finish(work, message.number, ahead.rows if ahead is not None else list(logits))
+        else:
+            answer = self._outbox.take()
+            out = answer.copy_pass(message, self._hidden_size)
+            self._stage.compute(work, x, texts, out, ahead)
+            self._outbox.send(answer)
+        return work
+
+    def _look_ahead(self, work: Pass) -> None:
+        """Prepares what probably comes next for the texts of a pass."""
+        following = work.next()
+        if following is not None:
+            texts = self._cache.texts(following)
+            ahead = self._stage.look_ahead(following, texts)
+            if ahead is not None:
+                self._ahead[ahead.head] = ahead, texts
+
+    def _forget_ahead(self, work: Pass) -> None:
+        """Forgets what was prepared for block tables that a pass may have changed, or ended."""
+        changed = {place.slot for place in work.places}.union(work.news.get("slots", ()))
+        for head, (ahead, _) in list(self._ahead.items()):
+            if not changed.isdisjoint(place.slot for place in ahead.work.places):
+                del self._ahead[head]
 
     @torch.inference_mode()
-    def _finish(self, work: Pass, logits: Tensor) -> None:
+    def _finish(self, work: Pass, number: int, logits: list[Tensor]) -> None:
         self._chooser.hear(work.news)
         if not work.wants_result:
             return
@@ -184,5 +211,5 @@ class Worker:
                     rows.append(logprobs)
             drawn.append((place.text, token))
         answer = self._outbox.take()
-        answer.put_result(work.number, drawn, torch.stack(rows) if rows else None)
+        answer.put_result(number, drawn, torch.stack(rows) if rows else None)
         self._outbox.send(answer)

@@ -162,7 +162,7 @@ void matvec_row(const PackedMatrix& w, const float* x, int64_t n, float* y) {
     __m256i lanes = scale_lanes<kBits, kGroup>();
     for (int64_t k = first; k < last; k += kBlock, x += block_floats(kBits)) {
       const uint8_t* block = row + k * kBits / 8;
-      __builtin_prefetch(block + kPrefetchAhead);
+      prefetch_line(block + kPrefetchAhead);
       __m256 sums[kRows];
       for (int m = 0; m < kRows; ++m)
         sums[m] = _mm256_load_ps(x + m * stride + kBlock);

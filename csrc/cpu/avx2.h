@@ -10,6 +10,7 @@
 
 #include "float_types.h"
 #include "kernels.h"
+#include "prefetch.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi2"))), apply_to = function)
@@ -42,8 +43,6 @@ template <Precision kPrecision> struct Avx2Gemm {
 namespace {
 
 constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-
-constexpr int64_t kPrefetchAhead = 1024; // bytes ahead in the one sequential stream of weights
 
 Q4_INLINE __m256 load8(const void* values, DType dtype) {
   const auto* p = static_cast<const __m128i*>(values);

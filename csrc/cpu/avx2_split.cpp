@@ -150,7 +150,7 @@ Q4_INLINE const uint8_t* readable(const uint8_t* turn, const uint8_t* end, uint8
 
 template <typename T> Q4_INLINE void prefetch(const uint8_t* p) {
   for (int b = 0; b < T::kBytes; b += 64)
-    __builtin_prefetch(p + b);
+    prefetch_line(p + b);
 }
 
 Q4_INLINE void store(int32_t* to, __m256i v) {

@@ -13,6 +13,7 @@
 //
 // Lanes are in the interleaved order of avx512.h throughout, so the scales and the last tree are
 // too.
+#include "prefetch.h"
 #include "split.h"
 
 #include "avx512.h" // from here on everything compiles for AVX-512
@@ -20,7 +21,6 @@
 namespace q4metal::cpu {
 namespace {
 
-constexpr int64_t kPrefetchAhead = 4096; // bytes ahead in the one sequential stream of weights
 constexpr int kMostRows = int(kMaxMatvecRows);
 
 // How a step of 16 groups is read and prepared.
@@ -120,6 +120,14 @@ void prepare_format(const PackedMatrix& w, const float* x, int64_t rows, __m512i
 
 // ---- sums
 
+// For the scales and biases of groups some rows ahead: two streams beside that of the codes.
+Q4_INLINE void prefetch_groups(const PackedMatrix& w, int64_t group) {
+  constexpr int64_t kGroupsAhead = 512;
+  const int64_t ahead = (group + kGroupsAhead) * int64_t(size_of(w.scales_dtype));
+  prefetch_line(static_cast<const std::byte*>(w.scales) + ahead);
+  prefetch_line(static_cast<const std::byte*>(w.biases) + ahead);
+}
+
 // Codes of field 0 or 1.
 template <int kFields> Q4_INLINE __m512i field_of(__m512i bytes, int field) {
   if constexpr (kFields == 1)
@@ -191,19 +199,25 @@ Q4_INLINE void add_step(const PackedMatrix& w, const uint8_t* codes, int64_t gro
     if (!kAll && pair >= shape.full_pairs) {
       if (pair > shape.full_pairs || shape.tail_low == 0)
         return _mm512_setzero_si512();
+      if constexpr (kDirect) {
+        prefetch_line(p + kPrefetchAhead);
+        if (shape.tail_high != 0)
+          prefetch_line(p + kPrefetchAhead + 64);
+      }
       return pair_products<S>(
           halves<S::kGroupLanes>(_mm512_maskz_loadu_epi8(shape.tail_low, p),
                                  _mm512_maskz_loadu_epi8(shape.tail_high, p + 64)),
           pair, x);
     }
     if constexpr (kDirect) {
-      __builtin_prefetch(p + kPrefetchAhead);
-      __builtin_prefetch(p + kPrefetchAhead + 64);
+      prefetch_line(p + kPrefetchAhead);
+      prefetch_line(p + kPrefetchAhead + 64);
     }
     return pair_products<S>(halves<S::kGroupLanes>(load(p), load(p + 64)), pair, x);
   };
   const __m512i t = tree_of_pairs<1, S::kGroupLanes / 2>(products, 0);
   const __mmask16 mask = kAll ? 0xffff : shape.tail_lanes;
+  prefetch_groups(w, group);
   const __m512 scale = load_groups<true>(w, w.scales, group, mask);
   const __m512 bias = load_groups<true>(w, w.biases, group, mask);
   const auto* floats = reinterpret_cast<const float*>(x + S::kCodeVectors);
@@ -224,7 +238,7 @@ public:
     if constexpr (kDirect)
       return packed;
     for (int64_t ahead = 0; ahead < step_bytes_; ahead += 64)
-      __builtin_prefetch(packed + ahead + kPrefetchAhead);
+      prefetch_line(packed + ahead + kPrefetchAhead);
     if (columns < S::kColumns)
       std::memset(bytes_, 0, sizeof bytes_);
     unpack_(packed, std::min(columns, S::kColumns), bytes_);
@@ -344,8 +358,9 @@ void run_several(const PackedMatrix w, const __m512i* x, int64_t rows, float* y,
           v[i] = _mm512_maskz_loadu_epi8(first_bytes(count * S::kGroupBytes - 64 * i), p + 64 * i);
       }
       if constexpr (kDirect)
-        for (int i = 0; i < S::kGroupLanes; ++i)
-          __builtin_prefetch(p + 64 * i + kPrefetchAhead);
+        for (int64_t at = 0; at < count * S::kGroupBytes; at += 64)
+          prefetch_line(p + at + kPrefetchAhead);
+      prefetch_groups(w, n * groups + g);
       transpose<S::kGroupLanes>(v);
       const __mmask16 mask = first_lanes(count);
       add(v, S::kGroupLanes, step, load_groups<true>(w, w.scales, n * groups + g, mask),

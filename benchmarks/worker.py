@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-Step = tuple[int, Any]  # the greedy token, and the logits it was the largest of
+Step = tuple[int, Any]  # the greedy token, and the logits it was the largest of, or None
 RowsStep = tuple[list[int], Any]
 
 
@@ -53,7 +53,7 @@ def timed(steps: Iterator[Any]) -> dict[str, Any]:
         tokens.append(step[0])
         logits = step[1]
     end = time.perf_counter()
-    finite = bool(np.isfinite(np.asarray(logits)).all())
+    finite = logits is None or bool(np.isfinite(np.asarray(logits)).all())
     return {"prefill_s": first - begin, "decode_s": end - first, "ids": tokens, "finite": finite}
 
 

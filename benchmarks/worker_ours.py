@@ -51,7 +51,7 @@ class Ours(Engine):
         }
 
     def generate(self, prompt: list[int], tokens: int) -> Iterator[Step]:
-        return generate_step(prompt, self.model, max_tokens=tokens)
+        return generate_step(prompt, self.model, max_tokens=tokens, logprobs=False)
 
     @torch.inference_mode()
     def generate_rows(self, prompts: list[list[int]], tokens: int) -> Iterator[RowsStep]:

@@ -30,7 +30,7 @@ class LocalEngine:
 
     def draw(self, text: Text) -> tuple[int, Tensor | None]:
         assert text.logits is not None, "it was not submitted"
-        return text.choice.draw(text.tokens, text.logits)
+        return text.choice.draw(text.tokens, text.logits, text.logprobs)
 
     def close(self) -> None:
         """Nothing runs elsewhere."""

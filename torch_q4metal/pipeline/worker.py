@@ -108,10 +108,10 @@ class Chooser:
             sampling = SamplingParams(**text["sampling"])
             self._texts[text["number"]] = Choice.of(sampling), text["recent"]
 
-    def draw(self, text: int, logits: Tensor) -> tuple[int, Tensor]:
-        """(token, log-probabilities [V]) of logits [V]."""
+    def draw(self, text: int, logits: Tensor, wants_logprobs: bool) -> tuple[int, Tensor | None]:
+        """(token, log-probabilities [V] if wanted) of logits [V]."""
         choice, recent = self._texts[text]
-        token, logprobs = choice.draw(recent, logits)
+        token, logprobs = choice.draw(recent, logits, wants_logprobs)
         recent.append(token)
         return token, logprobs
 
@@ -206,8 +206,9 @@ class Worker:
             if place.want is Want.LOGITS:
                 rows.append(row)
             else:
-                token, logprobs = self._chooser.draw(place.text, row)
-                if place.want is Want.LOGPROBS:
+                wants_logprobs = place.want is Want.LOGPROBS
+                token, logprobs = self._chooser.draw(place.text, row, wants_logprobs)
+                if logprobs is not None and wants_logprobs:
                     rows.append(logprobs)
             drawn.append((place.text, token))
         answer = self._outbox.take()

@@ -206,7 +206,7 @@ class Comparison:
         if shape is None or shape.tied:
             return total
         bits = {"q4_0": 4.5, "q4_1": 5.0, "openvino": 4.3125}[runs.kind.format]
-        return total - int((shape.vocab - 1) * shape.hidden * bits / 8)
+        return total - int((shape.vocabulary - 1) * shape.hidden * bits / 8)
 
 
 def engine_environment(kind: EngineKind, kernels: str | None) -> dict[str, str]:
@@ -220,7 +220,7 @@ def _decode_tokens(model: str) -> int:
 
 def random_prompt(model: str, count: int, seed: int = 0) -> list[int]:
     """Token ids of the model's vocabulary, the same every time."""
-    vocab = SHAPES[model].vocab if model in SHAPES else SMOLLM2_VOCAB
+    vocab = SHAPES[model].vocabulary if model in SHAPES else SMOLLM2_VOCAB
     generator = random.Random(seed)
     return [generator.randrange(vocab) for _ in range(count)]
 

@@ -61,7 +61,7 @@ def _add_metadata(writer: gguf.GGUFWriter, shape: Shape, kind: str) -> None:
     writer.add_head_count_kv(shape.kv_heads)
     writer.add_rope_freq_base(1e6)
     writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_vocab_size(shape.vocab)
+    writer.add_vocab_size(shape.vocabulary)
     writer.add_tokenizer_model("none")
 
 

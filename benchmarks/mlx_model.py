@@ -30,7 +30,7 @@ def write_mlx(shape: Shape, folder: Path) -> None:
         heads=shape.heads,
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
-        vocab=shape.vocab,
+        vocab=shape.vocabulary,
         tied=shape.tied,
         qkv_bias=True,
         output_bias=False,

@@ -7,28 +7,14 @@ function and their tokens can be checked against one reference.
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch_q4metal import model_shapes
 
-@dataclass(frozen=True)
-class Shape:
+
+@dataclass(frozen=True, kw_only=True)
+class Shape(model_shapes.ModelShape):
     """A Qwen2.5 model. ``decode_tokens``: what a round decodes, fewer for the slow ones."""
 
-    name: str
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    tied: bool
     decode_tokens: int
-
-    @property
-    def parameters(self) -> int:
-        """Weights of all matrices."""
-        attention = self.head_dim * (2 * self.heads + 2 * self.kv_heads) * self.hidden
-        layer = attention + 3 * self.hidden * self.intermediate
-        return self.layers * layer + self.vocab * self.hidden * (1 if self.tied else 2)
 
     def config(self) -> dict[str, Any]:
         """config.json as mlx-lm writes it for a 4-bit model of this shape."""
@@ -54,21 +40,27 @@ class Shape:
             "tie_word_embeddings": self.tied,
             "torch_dtype": "bfloat16",
             "use_sliding_window": False,
-            "vocab_size": self.vocab,
+            "vocab_size": self.vocabulary,
         }
 
 
-_7B = Shape("7b", 3584, 18944, 28, 28, 4, 128, 152064, tied=False, decode_tokens=16)
+def _real(name: str, title: str, decode_tokens: int) -> Shape:
+    sizes = next(vars(model) for model in model_shapes.MODELS if model.name == title)
+    return Shape(**sizes | {"name": name}, decode_tokens=decode_tokens)
+
+
+_7B = _real("7b", "Qwen2.5-7B", 16)
+# For trying the harness out: of no interest as a measurement.
+_TINY = Shape("tiny", "qwen2", 256, 512, 2, 4, 2, 64, 2048, tied=True, decode_tokens=16)
 
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("0.5b", 896, 4864, 24, 14, 2, 64, 151936, tied=True, decode_tokens=128),
-        Shape("1.5b", 1536, 8960, 28, 12, 2, 128, 151936, tied=True, decode_tokens=64),
+        _real("0.5b", "Qwen2.5-0.5B", 128),
+        _real("1.5b", "Qwen2.5-1.5B", 64),
         replace(_7B, name="7b-6", layers=6, decode_tokens=64),
         _7B,
-        # For trying the harness out: of no interest as a measurement.
-        Shape("tiny", 256, 512, 2, 4, 2, 64, 2048, tied=True, decode_tokens=16),
+        _TINY,
     )
 }
 SMOLLM2 = "smollm2"  # real weights: the built-in model, and the GGUF file that it comes from

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from torch_q4metal import bench, bench_mac, predictions
 from torch_q4metal.errors import Q4MetalError
-from torch_q4metal.predictions import MODELS, Span, chip_of
+from torch_q4metal.model_shapes import MODELS
+from torch_q4metal.predictions import Span, chip_of
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -22,9 +23,9 @@ def test_an_m5_max_is_between_half_of_mlxs_overhead_and_the_dispatches():
     chip, model = chip_of("Apple M5 Max", 40), MODELS[3]
     assert model.name == "Qwen2.5-7B"
     assert model.weight_bytes == pytest.approx(3.978e9, rel=1e-3)
-    assert model.dispatches == 143
+    assert predictions.dispatches_of(model) == 143
     seconds = 3.978 / 558.7
-    span = model.tok_s(chip.stream, chip.dispatch)
+    span = predictions.tok_s(model, chip.stream, chip.dispatch)
     assert span.high == pytest.approx(1 / (seconds + 143 * 2.05e-6), rel=1e-3)
     assert span.low == pytest.approx(1 / (seconds + 143 * 3.4e-6), rel=1e-3)
 

@@ -18,16 +18,17 @@ from .device_check import check_metal_plans
 from .errors import MemoryLimitError, Q4MetalError
 from .mac_kernels import COLD_BYTES, STEPS, StepPass, Weights, read_pass, time_in_turns
 from .model_formats import Format
+from .model_shapes import MODELS, ModelShape
 from .predictions import (
     CHIPS,
     DISPATCHES_PER_LAYER,
-    MODELS,
     PROBE_SHARE,
     ROWS_FACTORS,
     Chip,
-    ModelShape,
     Span,
     chip_of,
+    dispatches_of,
+    tok_s,
     unknown_chip,
 )
 from .random_model import random_model
@@ -150,9 +151,9 @@ def _model_rows(
         rate = statistics.median(time_decoding(model, [_PROMPT], tokens)[1] for _ in range(rounds))
         measured.append((shape, 1 / rate))
         if (plan := plan_of(model)) is not None:
-            count, wanted = len(plan.native.steps(1)), shape.dispatches
+            count, wanted = len(plan.native.steps(1)), dispatches_of(shape)
             yield Row(f"{shape.name}, a token", "dispatches", count, Span(wanted, wanted))
-        yield Row(shape.name, "tok/s", rate, shape.tok_s(chip.stream, chip.dispatch))
+        yield Row(shape.name, "tok/s", rate, tok_s(shape, chip.stream, chip.dispatch))
         del model
         torch.mps.empty_cache()
     if len(measured) < 2:

@@ -13,9 +13,7 @@ right for all is worth more than the copy that it would save.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,26 +22,13 @@ from .checkpoint import Checkpoint
 from .errors import MemoryLimitError
 from .mapped_file import read_bytes
 from .safetensors_header import TensorInfo, printable
+from .tensor_layout import Place, aligned, arrange, buffer_sizes
 
 STAGING_BYTES = 64 << 20
 BUFFER_BYTES = 2 << 30
 """The most in one buffer, unless a single tensor is larger. Some of torch's kernels count a view's
 place in its buffer in 32 bits; and every Mac with Apple silicon allows as much."""
-_ALIGNMENT = 256  # of tensors; kernels load 16 bytes at a time
 _ROUNDING = 2 << 20  # large buffers grow to a multiple of it in torch's allocator
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a tensor lies: at byte ``begin`` of buffer number ``buffer``."""
-
-    info: TensorInfo
-    buffer: int
-    begin: int
-
-    @property
-    def end(self) -> int:
-        return self.begin + self.info.nbytes
 
 
 class DeviceWeights:
@@ -66,14 +51,14 @@ class DeviceWeights:
         staging: int = STAGING_BYTES,
     ) -> None:
         infos = {name: checkpoint.info(name) for name in names}
-        limit = largest_buffer() if largest is None else largest
-        self._places = _arrange(infos, limit)
-        by_buffer = itertools.groupby(self._places.values(), lambda place: place.buffer)
-        contents = [list(places) for _, places in by_buffer]
-        sizes = [_aligned(places[-1].end) for places in contents]
+        largest = largest_buffer() if largest is None else largest
+        _refuse_larger(infos, largest)
+        self._places = arrange(infos, min(BUFFER_BYTES, largest - min(_ROUNDING, largest // 2)))
+        sizes = buffer_sizes(self._places)
         staged = torch.empty(min(staging, max(sizes, default=0)), dtype=torch.uint8)
         self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
-        for buffer, places in zip(self.buffers, contents, strict=True):
+        for number, buffer in enumerate(self.buffers):
+            places = [place for place in self._places.values() if place.buffer == number]
             _fill(buffer, places, staged)
 
     def tensor(self, name: str) -> Tensor:
@@ -93,27 +78,16 @@ def largest_buffer() -> int:
     return (ask and int(ask())) or BUFFER_BYTES
 
 
-def _arrange(infos: dict[str, TensorInfo], largest: int) -> dict[str, _Place]:
-    """Places in the order of the files, in buffers of about equal size."""
-    limit = min(BUFFER_BYTES, largest - min(_ROUNDING, largest // 2))
-    total = sum(_aligned(info.nbytes) for info in infos.values())
-    share = total / max(1, -(-total // limit))
-    places: dict[str, _Place] = {}
-    buffer = begin = 0
-    for name, info in sorted(infos.items(), key=lambda item: (item[1].file, item[1].begin)):
-        if _aligned(info.nbytes) >= largest:
+def _refuse_larger(infos: dict[str, TensorInfo], largest: int) -> None:
+    for name, info in infos.items():
+        if aligned(info.nbytes) >= largest:
             raise MemoryLimitError(
                 f"tensor {printable(name)} has {info.nbytes / 1e9:.2f} GB, but a buffer of this "
                 f"GPU holds {largest / 1e9:.2f} GB at most; use device='cpu'."
             )
-        if begin and (begin >= share or begin + info.nbytes > limit):
-            buffer, begin = buffer + 1, 0
-        places[name] = _Place(info, buffer, begin)
-        begin += _aligned(info.nbytes)
-    return places
 
 
-def _fill(buffer: Tensor, places: list[_Place], staged: Tensor) -> None:
+def _fill(buffer: Tensor, places: list[Place], staged: Tensor) -> None:
     """Reads a window of the buffer after the other from the files, and copies each at once."""
     memory: memoryview = staged.numpy().data
     for start in range(0, len(buffer), max(1, len(staged))):
@@ -124,7 +98,3 @@ def _fill(buffer: Tensor, places: list[_Place], staged: Tensor) -> None:
                 offset = place.info.begin + low - place.begin
                 read_bytes(place.info.file, offset, memory[low - start : high - start])
         buffer[start:stop].copy_(staged[: stop - start])
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -24,30 +24,25 @@ from .checkpoint import Checkpoint
 from .environment import HUGE_PAGES
 from .mapped_file import read_bytes
 from .memory import available_memory
+from .tensor_layout import arrange, buffer_sizes
 
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _LEAST_BYTES = 32 << 20  # less stays in caches, or is soon read
 _SPARE = 1.25  # of the weights' size has to be free
 _PIECE = 64 << 20  # bytes between two looks at Ctrl-C
-_ALIGNMENT = 256
 
 
 class HugePageWeights:
     """The tensors ``names`` of a checkpoint. Raises CheckpointError if a file cannot be read."""
 
     def __init__(self, checkpoint: Checkpoint, names: Iterable[str]) -> None:
-        infos = {name: checkpoint.info(name) for name in names}
-        self._infos = infos
-        self._begins: dict[str, int] = {}
-        size = 0
-        for name, info in sorted(infos.items(), key=lambda item: (item[1].file, item[1].begin)):
-            self._begins[name] = size
-            size += -(-info.nbytes // _ALIGNMENT) * _ALIGNMENT
-        self._memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._places = arrange({name: checkpoint.info(name) for name in names})
+        size = max([1, *buffer_sizes(self._places)])
+        self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._memory.madvise(mmap.MADV_HUGEPAGE)
         with memoryview(self._memory) as memory:
-            for name, begin in self._begins.items():
-                info = infos[name]
+            for place in self._places.values():
+                info, begin = place.info, place.begin
                 for done in range(0, info.nbytes, _PIECE):
                     count = min(_PIECE, info.nbytes - done)
                     view = memory[begin + done : begin + done + count]
@@ -55,11 +50,11 @@ class HugePageWeights:
 
     def tensor(self, name: str) -> Tensor:
         """The tensor with the file's dtype; uint32 comes as int32, as from a checkpoint."""
-        info = self._infos[name]
+        info = self._places[name].info
         dtype = info.loaded_dtype
         if info.numel == 0:
             return torch.empty(info.shape, dtype=dtype)
-        begin = self._begins[name]
+        begin = self._places[name].begin
         flat = torch.frombuffer(self._memory, dtype=dtype, count=info.numel, offset=begin)
         return flat.view(info.shape)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import _extension
 from .cache import BLOCK
-from .predictions import ModelShape
+from .model_shapes import ModelShape
 from .random_model import random_words
 
 STEPS = {

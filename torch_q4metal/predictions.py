@@ -22,6 +22,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .model_shapes import MODELS, ModelShape
+
 PROBE_SHARE = 0.9
 """Of the read probe's rate, that matrix kernels reach at least."""
 ROWS_FACTORS = {4: 0.17 / 0.129, 8: 0.25 / 0.129}
@@ -121,79 +123,24 @@ def unknown_chip(read_gb_s: float) -> Chip:
     return Chip("a chip that is not listed", read_gb_s, Span(low, high), dispatch)
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """Sizes of a Llama or Qwen2 model with one format for its layers; the head may have more bits.
-
-    ``layers`` and ``vocabulary`` may be cut, to measure a part of a model.
-    """
-
-    name: str
-    family: str
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    tied: bool
-    group_size: int = 64
-    bits: int = 4
-    head_bits: int = 4
-
-    @property
-    def layer_bytes(self) -> int:
-        attention = self.head_dim * (2 * self.heads + 2 * self.kv_heads) * self.hidden
-        weights = attention + 3 * self.hidden * self.intermediate
-        return self._bytes(weights, self.bits)
-
-    @property
-    def head_bytes(self) -> int:
-        return self._bytes(self.vocabulary * self.hidden, self.head_bits)
-
-    @property
-    def weight_bytes(self) -> int:
-        """That one token reads, but for the row of the embedding and the norms."""
-        return self.layers * self.layer_bytes + self.head_bytes
-
-    @property
-    def file_bytes(self) -> int:
-        return self.weight_bytes + (0 if self.tied else self.head_bytes)
-
-    @property
-    def dispatches(self) -> int:
-        """Of a greedy token, up to 1024 positions."""
-        return DISPATCHES_PER_LAYER * self.layers + DISPATCHES_AROUND
-
-    def _bytes(self, weights: int, bits: int) -> int:
-        # Codes, and a scale and a bias of 16 bits for each group.
-        return weights * bits // 8 + 4 * weights // self.group_size
-
-    def tok_s(self, stream: Span, dispatch: Span) -> Span:
-        """Tokens a second at these rates (10**9 bytes a second, seconds)."""
-        slow = self.weight_bytes / stream.low / 1e9 + self.dispatches * dispatch.high
-        fast = self.weight_bytes / stream.high / 1e9 + self.dispatches * dispatch.low
-        return Span(1 / slow, 1 / fast)
+def dispatches_of(model: ModelShape) -> int:
+    """Of a greedy token, up to 1024 positions."""
+    return DISPATCHES_PER_LAYER * model.layers + DISPATCHES_AROUND
 
 
-MODELS = (
-    ModelShape(
-        "SmolLM2-135M", "llama", 576, 1536, 30, 9, 3, 64, 49152, True, group_size=32, head_bits=8
-    ),
-    ModelShape("Qwen2.5-0.5B", "qwen2", 896, 4864, 24, 14, 2, 64, 151936, True),
-    ModelShape("Qwen2.5-1.5B", "qwen2", 1536, 8960, 28, 12, 2, 128, 151936, True),
-    ModelShape("Qwen2.5-7B", "qwen2", 3584, 18944, 28, 28, 4, 128, 152064, False),
-    ModelShape("Llama-3.1-8B", "llama", 4096, 14336, 32, 32, 8, 128, 128256, False),
-)
-"""The built-in model as it is, the others with 4 bits and group size 64 everywhere."""
+def tok_s(model: ModelShape, stream: Span, dispatch: Span) -> Span:
+    """Tokens a second at these rates (10**9 bytes a second, seconds)."""
+    dispatches = dispatches_of(model)
+    slow = model.weight_bytes / stream.low / 1e9 + dispatches * dispatch.high
+    fast = model.weight_bytes / stream.high / 1e9 + dispatches * dispatch.low
+    return Span(1 / slow, 1 / fast)
 
 
 def markdown() -> str:
     """The tables of the README, lines of Markdown."""
     lines = ["| model | weights a token | dispatches a token |", "|---|---|---|"]
     lines += [
-        f"| {model.name} | {model.weight_bytes / 1e6:.0f} MB | {model.dispatches} |"
+        f"| {model.name} | {model.weight_bytes / 1e6:.0f} MB | {dispatches_of(model)} |"
         for model in MODELS
     ]
     heads = " | ".join(model.name for model in MODELS)
@@ -207,7 +154,7 @@ def markdown() -> str:
             DISPATCHES_PER_LAYER * chip.dispatch.low * 1e6,
             DISPATCHES_PER_LAYER * chip.dispatch.high * 1e6,
         )
-        speeds = [_shown(model.tok_s(chip.stream, chip.dispatch)) for model in MODELS]
+        speeds = [_shown(tok_s(model, chip.stream, chip.dispatch)) for model in MODELS]
         cells = [chip.title, f"{chip.gb_s:g}", _shown(chip.stream), _shown(per_layer), *speeds]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

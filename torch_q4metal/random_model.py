@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from .linear import Q4Embedding, Q4Linear
 from .memory import check_memory
+from .model_shapes import ModelShape
 from .models.base import CausalLM, RMSNorm
 from .models.fields import Fields
 from .models.loading import FAMILIES
-from .predictions import ModelShape
 
 _BLOCK_WORDS = 1 << 22
 

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from torch_q4metal import bench, bench_mac
 from torch_q4metal.mac_kernels import STEPS, StepPass, Weights
-from torch_q4metal.predictions import MODELS
+from torch_q4metal.model_shapes import MODELS
 
 
 def test_the_read_probe_reads_everything(mac):

@@ -18,19 +18,11 @@
 namespace q4metal::cpu {
 namespace {
 
-#ifndef Q4_TUNE_DEPTH
-#define Q4_TUNE_DEPTH 256
-#define Q4_TUNE_STREAM 0
-#define Q4_TUNE_FETCH 0
-#define Q4_TUNE_FEATURES 256
-#define Q4_TUNE_ROWS 512
-#endif
-
-constexpr int64_t kDepth = Q4_TUNE_DEPTH; // codes of a panel
+constexpr int64_t kDepth = 256; // codes of a panel
 constexpr int64_t kDepthUnits = kDepth / kUnit;
 constexpr int64_t kPanelFeatures = 32, kPanelRows = 32; // 2 x 2 tiles
 // A block's sums, 512 KB, and x of one depth, 256 KB, stay in L2.
-constexpr int64_t kBlockFeatures = Q4_TUNE_FEATURES, kBlockRows = Q4_TUNE_ROWS;
+constexpr int64_t kBlockFeatures = 256, kBlockRows = 512;
 constexpr int64_t kStepValues = 2 * kTileBytes / 2; // bfloat16 of two tiles
 constexpr int64_t kTileSums = 16 * 16;
 constexpr int64_t kPanelSums = 4 * kTileSums;
@@ -239,22 +231,13 @@ Q4_INLINE void multiply_panel(Tiles& tiles, const uint16_t* w, const uint16_t* x
   }
   for (int64_t s = 0; s < steps; ++s, w += kStepValues, x += kStepValues) {
     tiles.load<4>(w);
-    if (Q4_TUNE_STREAM)
-      tiles.stream<6>(x);
-    else
-      tiles.load<6>(x);
+    tiles.load<6>(x);
     tiles.dot_bf16<0, 4, 6>();
     tiles.load<5>(w + kStepValues / 2);
     tiles.dot_bf16<2, 5, 6>();
-    if (Q4_TUNE_STREAM)
-      tiles.stream<7>(x + kStepValues / 2);
-    else
-      tiles.load<7>(x + kStepValues / 2);
+    tiles.load<7>(x + kStepValues / 2);
     tiles.dot_bf16<1, 4, 7>();
     tiles.dot_bf16<3, 5, 7>();
-    if (Q4_TUNE_FETCH > 0)
-      for (int i = 0; i < 32; ++i)
-        __builtin_prefetch(x + Q4_TUNE_FETCH * kStepValues + 32 * i);
     beside();
   }
   tiles.store<0>(sums);

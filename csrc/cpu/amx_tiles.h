@@ -58,14 +58,6 @@ public:
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(kTile) : "memory");
   }
 
-  // The same for data that will not be needed again soon.
-  template <int kTile> Q4_INLINE void stream(const void* from, int64_t stride = kTileRowBytes) {
-    asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2"
-                 :
-                 : "r"(from), "r"(stride), "i"(kTile)
-                 : "memory");
-  }
-
   template <int kTile> Q4_INLINE void store(void* to, int64_t stride = kTileRowBytes) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(kTile) : "memory");
   }
@@ -97,10 +89,6 @@ public:
     for (int r = 0; r < shapes_.rows[kTile]; ++r)
       std::memcpy(tiles_[kTile] + r * kTileRowBytes,
                   static_cast<const std::byte*>(from) + r * stride, shapes_.row_bytes[kTile]);
-  }
-
-  template <int kTile> void stream(const void* from, int64_t stride = kTileRowBytes) {
-    load<kTile>(from, stride);
   }
 
   template <int kTile> void store(void* to, int64_t stride = kTileRowBytes) const {

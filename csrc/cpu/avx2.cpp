@@ -14,7 +14,7 @@
 
 #include "avx2.h" // from here on everything compiles for AVX2
 
-#include "vector_math.h"
+#include "vector_kernels.h"
 
 namespace q4metal::cpu {
 namespace {

@@ -22,7 +22,7 @@ Q4_INLINE __m256 load8(const void* values, DType dtype) {
 } // namespace
 } // namespace q4metal::cpu
 
-#include "vector_math.h"
+#include "vector_kernels.h"
 
 namespace q4metal::cpu {
 namespace {

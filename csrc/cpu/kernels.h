@@ -80,7 +80,7 @@ struct AttentionRows {
   }
 };
 
-// What a decode plan computes beside packed matrices (vector_math.h), float32.
+// What a decode plan computes beside packed matrices (vector_kernels.h), float32.
 struct VectorKernels {
   // out = gamma * x; returns 1 / sqrt(mean(x^2) + eps).
   float (*norm_gamma)(const float* x, const float* gamma, int64_t n, float eps, float* out);

@@ -5,7 +5,7 @@
 // widened to floats.
 #include "neon_gemm.h" // from here on everything compiles for NEON with dot products
 
-#include "vector_math.h"
+#include "vector_kernels.h"
 
 namespace q4metal::cpu {
 namespace {

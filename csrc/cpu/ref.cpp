@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "split.h"
-#include "vector_math.h"
+#include "vector_kernels.h"
 
 namespace q4metal::cpu {
 namespace {

@@ -1,0 +1,15 @@
+// The table of vector_math.h and attention.h. Every instruction set's file includes it, last, so
+// that it is compiled under that file's target.
+#pragma once
+
+#include "attention.h"
+#include "vector_math.h"
+
+namespace q4metal::cpu {
+namespace {
+
+constexpr VectorKernels vector_kernels = {
+    norm_gamma, rope, swiglu, dense_matvec, attention_split, attention_rows, attention_combine};
+
+} // namespace
+} // namespace q4metal::cpu

@@ -69,14 +69,12 @@ class Download:
             disable=hidden,
         )
         with bar, ThreadPoolExecutor(_WORKERS) as workers:
-            tasks = [workers.submit(self._one, file, bar) for file in files]
-            try:
-                for task in as_completed(tasks):
+            try:  # around the start of the first workers too: Ctrl-C may come that soon
+                for task in as_completed([workers.submit(self._one, f, bar) for f in files]):
                     task.result()
             except BaseException:
                 self._stop.set()
-                for task in tasks:
-                    task.cancel()
+                workers.shutdown(wait=False, cancel_futures=True)
                 raise
 
     def _one(self, file: "RepoFile", bar: Any) -> None:

@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 
 APPS = ("chat", "bench", "doctor")
 
-app = typer.Typer(rich_markup_mode="rich", no_args_is_help=True, help=__doc__)
+HELP = (
+    "One model on several machines that share a key.\n\n"
+    "Make the key once with keygen, copy it to every machine, and start run on each, with its own "
+    "rank. Rank 0 has the terminal and the prompt; the others compute their layers until rank 0 "
+    "ends. All that travels is encrypted."
+)
+
+app = typer.Typer(rich_markup_mode="rich", no_args_is_help=True, help=HELP)
 
 
 @app.command()

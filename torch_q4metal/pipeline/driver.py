@@ -64,6 +64,7 @@ class Driver:
         self._on_close = on_close
         self._model = model
         self._stage = Stage(model)
+        self._inference_mode = torch.inference_mode()  # made once: as a decorator it takes longer
         self._hidden_size = config.hidden_size
         self._vocab_size = config.vocab_size
         self._outbox = Outbox(transport, pass_bytes(config.hidden_size, model.max_kv_size))
@@ -73,7 +74,7 @@ class Driver:
         self._numbers = itertools.count()
         self._slots: weakref.WeakKeyDictionary[Sequence, _Slot] = weakref.WeakKeyDictionary()
         self._pools: weakref.WeakSet[LeadPool] = weakref.WeakSet()
-        self._texts: weakref.WeakValueDictionary[int, Text] = weakref.WeakValueDictionary()
+        self._texts: set[int] = set()  # those that are alive
         self._results: dict[int, tuple[int, Tensor | None]] = {}
         self._known: set[int] = set()  # texts that the last stage draws for
         self._gone: dict[str, list[int]] = {"pools": [], "slots": [], "texts_gone": []}
@@ -172,7 +173,8 @@ class Driver:
                 out = message.put_pass(number, work, self._hidden_size)
             else:
                 out = message.put_head(number, ahead.head, self._hidden_size)
-            self._stage.compute(work, x, caches, out, ahead)
+            with self._inference_mode:
+                self._stage.compute(work, x, caches, out, ahead)
         except BaseException:
             self._outbox.put_back(message)
             raise
@@ -252,19 +254,20 @@ class Driver:
                 slot.table = list(table)
             text.cache.append(new)
             if text.number not in self._texts:
-                self._texts[text.number] = text
+                self._texts.add(text.number)
+                weakref.finalize(text, self._forget_text, text.number)
             self._results.pop(text.number, None)
         for news in work.news.get("texts", ()):
             self._known.add(news["number"])
-            text = self._texts[news["number"]]
-            weakref.finalize(text, self._forget_text, text.number)
         if work.wants_result:
             self._under_way.append(number)
 
     def _forget_text(self, number: int) -> None:
-        self._known.discard(number)
+        self._texts.discard(number)
         self._results.pop(number, None)
-        self._gone["texts_gone"].append(number)
+        if number in self._known:
+            self._known.discard(number)
+            self._gone["texts_gone"].append(number)
 
     def _take_result(self) -> None:
         """Waits for the oldest result that is under way."""
@@ -287,7 +290,7 @@ class Driver:
 
     def _sort_result(self) -> None:
         """Gives each text of a result that has come what is its own."""
-        message = self._inbox.next()
+        message = self._inbox.take()
         if message.kind == Kind.CONTROL:
             self._is_over = True
             raise PipelineError(message.control().get("failed", "the pipeline has ended."))

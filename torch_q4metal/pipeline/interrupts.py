@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]
 import signal
 import threading
 from types import FrameType
 
 # What signal.signal wraps: its look-ups in enums take 8 us a call, and every token makes several.
-_set_handler = getattr(signal.signal, "__wrapped__", signal.signal)
+_set_handler = _signal.signal
 
 
 class Deferral:
@@ -15,7 +16,7 @@ class Deferral:
 
     def __enter__(self) -> None:
         self._struck: tuple[int, FrameType | None] | None = None
-        self._is_main = threading.current_thread() is threading.main_thread()
+        self._is_main = threading.get_ident() == threading.main_thread().ident
         if self._is_main:
             self._previous = _set_handler(signal.SIGINT, self._strike)
 

@@ -102,7 +102,6 @@ class Stage:
         self._model = model
         self.plan = decode.plan_of(model)  # once: it looks at every module
 
-    @torch.inference_mode()
     def compute(
         self,
         work: Pass,
@@ -117,7 +116,7 @@ class Stage:
         All are on the CPU, wherever the layers are. Returns the residual stream [rows,
         hidden_size], in ``out`` if that is given, or from the last stage logits [texts, vocab_size]
         after each text's last row, if anybody wants them. The sequences do not count the rows yet.
-        ``ahead``: where the pass was looked ahead to.
+        ``ahead``: where the pass was looked ahead to. Called in inference mode.
         """
         if ahead is not None and self.plan is not None:
             out = ahead.logits if out is None else out

@@ -80,10 +80,14 @@ class Inbox:
         """Returns when the next message is there."""
         self._waiting[0][1].wait()
 
-    def next(self) -> Message:
-        """The next message; it is the caller's until it is given back."""
-        self.wait()
+    def take(self) -> Message:
+        """The message that ``wait`` has waited for; it is the caller's until it is given back."""
         return self._waiting.popleft()[0]
+
+    def next(self) -> Message:
+        """Waits for the next message, and takes it."""
+        self.wait()
+        return self.take()
 
     def give_back(self, message: Message) -> None:
         self._waiting.append((message, self._transport.receive(message.buffer)))
@@ -134,6 +138,7 @@ class Worker:
         leaving = result_bytes(config.vocab_size) if model.part.has_head else size
         self._outbox = Outbox(transport, leaving)
 
+    @torch.inference_mode()
     def run(self) -> bool:
         """Works until rank 0 says that it is over; False if it is over because a stage failed.
 
@@ -195,9 +200,9 @@ class Worker:
             if not changed.isdisjoint(place.slot for place in ahead.work.places):
                 del self._ahead[head]
 
-    @torch.inference_mode()
     def _finish(self, work: Pass, number: int, logits: list[Tensor]) -> None:
-        self._chooser.hear(work.news)
+        if work.news:
+            self._chooser.hear(work.news)
         if not work.wants_result:
             return
         drawn, rows = [], []

@@ -19,6 +19,7 @@ from __future__ import annotations
 import atexit
 import json
 import logging
+import os
 import socket
 import threading
 import time
@@ -41,6 +42,7 @@ _AHEAD = 4  # messages that may lie on each side of a link
 _LARGEST = 1 << 31  # bytes of a message, as transport.py says
 _CLOSING = 5.0  # seconds to deliver what was sent
 _GRACE = 2.0  # seconds to let rank 0 be the first to go
+_AWAKE = 0.02  # seconds to wait for a message without sleeping
 _RETRY_MS = 1  # between attempts to send to a receiver that is behind
 _JOIN_RETRY_MS = 10  # between looks at whether a connection stands
 _LOOK_AFTER = 5.0  # seconds without a connection after which this rank looks why
@@ -141,13 +143,26 @@ class ZmqTransport:
                 with Deferral():
                     self.push()
                 self._poller.poll(_RETRY_MS)
-            elif not self._has_come():
+            elif not self._comes_soon():
                 self._poller.poll()
             if self._has_come():  # also if a link is gone: what has come is taken first
                 with Deferral():  # a message that was taken is accounted for
                     self._take()
             elif self.watch.loss is not None:
                 raise self._gone()
+
+    def _comes_soon(self) -> bool:
+        """Looks for the next message without sleeping; False if none has come for a while.
+
+        A processor that sleeps takes long to wake, which matters where a message comes every few
+        milliseconds. (Gloo cannot be asked whether one has come.)
+        """
+        end = time.monotonic() + _AWAKE
+        while not self._has_come():
+            if self.watch.loss is not None or time.monotonic() > end:
+                return False
+            os.sched_yield()  # to libzmq's own thread, or to another stage
+        return True
 
     def _has_come(self) -> int:
         events: int = self._in.socket.getsockopt(zmq.EVENTS)  # type: ignore[assignment]

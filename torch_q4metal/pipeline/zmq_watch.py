@@ -164,25 +164,25 @@ class _Server:
         message = recv_monitor_message(monitor)
         event, descriptor = message["event"], int(message["value"])
         if event == zmq.EVENT_ACCEPTED:
-            self._addresses[descriptor] = _peer_address(descriptor)
+            self._addresses[descriptor] = _origin(descriptor)
         elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             pass  # told where the key was refused
         elif event in _FAILED:  # the event of its end, which comes next, says whose it was
             self._has_failed = True
         elif event == zmq.EVENT_DISCONNECTED:
-            address = self._addresses.pop(descriptor, "?")
+            origin = self._addresses.pop(descriptor, "")
             if name := self.names.pop(descriptor, None):
                 return f"the link to {name} is gone"
             if self._has_failed:
                 self._has_failed = False
-                logger.warning("refused a connection from %s: it has another key or none", address)
+                logger.warning("refused a connection%s: it has another key or none", origin)
         return None
 
 
-def _peer_address(descriptor: int) -> str:
-    """Whose connection a descriptor of libzmq is; it may be closed by now."""
+def _origin(descriptor: int) -> str:
+    """Whose connection a descriptor of libzmq is, in words; libzmq may have closed it by now."""
     try:
         with socket.socket(fileno=os.dup(descriptor)) as connection:
-            return str(connection.getpeername()[0])
+            return f" from {connection.getpeername()[0]}"
     except OSError:
-        return "?"
+        return " that ended before its address could be read"

@@ -2,10 +2,11 @@
 
 tok/s with 1, 2 and 4 stages, for one text and for four together; seconds to the first token of a
 prompt of several chunks, which follow each other through the stages or are each waited for; and
-what a hop takes: the seconds of a token that no stage's layers and no drawing account for, less
-those of one process, divided by the hops. Each stage has one thread and a CPU of its own, as far
-as there are so many. All tokens must be those of one process. Where the model is a Qwen2, mlx-lm's
-own pipeline decodes beside it, on MLX's CPU backend over its ring, with MLX's own choice of tokens.
+what a hop takes: the seconds of a token in which no stage is in its layers and none draws, less
+those of one process, divided by the hops; what prepares a pass counts. Each stage has one thread
+and a CPU of its own, as far as there are so many. All tokens must be those of one process. Where
+the model is a Qwen2, mlx-lm's own pipeline decodes beside it, on MLX's CPU backend over its ring,
+with MLX's own choice of tokens.
 
 Writes benchmarks/results/<date>-<cpu>-pipeline.md and .json.
 """
@@ -141,13 +142,10 @@ class Pipelines:
 def besides_us(answers: list[dict[str, Any]]) -> list[float]:
     """Of each round: microseconds of a token beside all stages' layers and the drawing, a median:
     a shared machine takes its milliseconds now and then."""
-    passes = [dict(answer["passes"]) for answer in answers]
     found = []
-    for steps, alone in zip(answers[0]["steps"], answers[0]["alone"], strict=True):
-        beside = [
-            seconds - sum(rank[number] for rank in passes)
-            for seconds, number in zip(steps, alone, strict=True)
-        ]
+    for steps, (first, end) in zip(answers[0]["steps"], answers[0]["alone"], strict=True):
+        passes = zip(*(answer["passes"][first:end] for answer in answers), strict=True)
+        beside = [seconds - sum(ranks) for seconds, ranks in zip(steps, passes, strict=True)]
         found.append(1e6 * statistics.median(beside))
     return found
 

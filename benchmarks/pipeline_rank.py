@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,51 +20,42 @@ if TASK["cores"]:  # before torch makes threads: they inherit it
 
 import torch  # noqa: E402
 
-from torch_q4metal import decode  # noqa: E402
+from torch_q4metal.decode_plan import DecodePlan  # noqa: E402
 from torch_q4metal.generation import decode_together, generate_step  # noqa: E402
 from torch_q4metal.models.base import PREFILL_CHUNK, CausalLM  # noqa: E402
 from torch_q4metal.pipeline import launch  # noqa: E402
 from torch_q4metal.pipeline.handshake import Settings  # noqa: E402
-from torch_q4metal.pipeline.message import Pass  # noqa: E402
-from torch_q4metal.pipeline.stage import Stage  # noqa: E402
 from torch_q4metal.pipeline.transport import Transport  # noqa: E402
 from torch_q4metal.text import Choice  # noqa: E402
 
 
 class TimedCompute:
-    """Wraps what computes. ``passes``: (number, seconds) of each pass of one token."""
+    """Wraps what computes. ``passes``: seconds of each pass of one token, drawing included.
+
+    What prepares a pass, and its result for the next stage, is no computing.
+    """
 
     def __init__(self) -> None:
-        self.passes: list[tuple[int, float]] = []
+        self.passes: list[float] = []
         self._is_alone = False  # the last pass was of one token
-        compute, forward, draw = Stage.compute, decode.forward, Choice.draw
+        run, draw = DecodePlan.run, Choice.draw
 
-        def timed_compute(stage: Stage, work: Pass, *rest: Any) -> Any:
-            return self._time(work.rows, work.number, lambda: compute(stage, work, *rest))
-
-        def timed_forward(model: CausalLM, ids: Any, cache: Any) -> Any:
-            rows, number = sum(map(len, ids)), len(self.passes)
-            return self._time(rows, number, lambda: forward(model, ids, cache))
-
-        def timed_draw(choice: Choice, tokens: Any, logits: Any) -> Any:
+        def timed_run(plan: DecodePlan, x: Any, *rest: Any) -> None:
             begin = time.perf_counter()
-            result = draw(choice, tokens, logits)
+            run(plan, x, *rest)
+            self._is_alone = len(x) == 1
             if self._is_alone:
-                number, seconds = self.passes[-1]
-                self.passes[-1] = number, seconds + time.perf_counter() - begin
+                self.passes.append(time.perf_counter() - begin)
+
+        def timed_draw(choice: Choice, *arguments: Any) -> Any:
+            begin = time.perf_counter()
+            result = draw(choice, *arguments)
+            if self._is_alone:
+                self.passes[-1] += time.perf_counter() - begin
             return result
 
-        Stage.compute = timed_compute  # type: ignore[method-assign]
-        decode.forward = timed_forward
+        DecodePlan.run = timed_run  # type: ignore[method-assign]
         Choice.draw = timed_draw  # type: ignore[method-assign]
-
-    def _time(self, rows: int, number: int, run: Callable[[], Any]) -> Any:
-        begin = time.perf_counter()
-        result = run()
-        self._is_alone = rows == 1
-        if rows == 1:
-            self.passes.append((number, time.perf_counter() - begin))
-        return result
 
 
 def join() -> Transport:
@@ -137,12 +128,13 @@ def measure(model: CausalLM, timed: TimedCompute) -> dict[str, Any]:
     short: list[int] = TASK["prompt"][:16]
     batch = [TASK["prompt"][i : i + 16] for i in range(4)]
     result: dict[str, Any] = {name: [] for name in ("token_s", "batch_s", "overlap_s", "waiting_s")}
-    # Of one text alone, what hops are reckoned from: its passes, and the seconds of each token.
+    # Of one text alone, what hops are reckoned from: [the first of its passes, the one after its
+    # last], which have these numbers on all ranks, and the seconds of each token after the first.
     result |= {"alone": [], "steps": []}
     for number in range(TASK["rounds"] + 1):  # the first one warms up
         begin = len(timed.passes)
         ids, ends = decode_timed(model, [short])
-        alone = [number for number, _ in timed.passes[begin:]]
+        alone = [begin, len(timed.passes)]
         together, ends_together = decode_timed(model, batch)
         first, overlap_s = prefill(model, overlapped=True)
         same, waiting_s = prefill(model, overlapped=False)

@@ -79,8 +79,11 @@ def read_pass(words: Tensor) -> Callable[[], None]:
 def read_gb_s(size: int, rounds: int) -> float:
     """10**9 bytes a second at which the GPU reads ``size`` bytes: a median of so many rounds."""
     words = random_words(size // 4, torch.device("mps"))
-    seconds = time_in_turns({"read probe": read_pass(words)}, rounds)
-    return words.nbytes / seconds["read probe"] / 1e9
+    seconds = time_in_turns({"read probe": read_pass(words)}, rounds)["read probe"]
+    read = words.nbytes
+    del words
+    torch.mps.empty_cache()  # a model may need that memory
+    return read / seconds / 1e9
 
 
 class StepPass:

@@ -8,8 +8,10 @@ import pytest
 import tiny
 import torch
 
+from torch_q4metal import mac_kernels, memory
 from torch_q4metal.generation import generate_step
 from torch_q4metal.models import load_model
+from torch_q4metal.pipeline import handshake
 
 sys.path.append(str(Path(__file__).parent.parent / "pipeline"))
 
@@ -26,3 +28,17 @@ def test_stages_on_mps_write_the_text_of_one_process(tmp_path, mac, eager):
         steps = list(itertools.islice(generate_step(prompt, model), 8))
     assert [token for token, _ in steps] == expected
     assert (mac.plan_statistics()[0] == before) == eager
+
+
+def test_a_rank_on_mps_is_measured_there(mac, monkeypatch):
+    handshake.read_speed.cache_clear()
+    monkeypatch.setattr(mac_kernels, "COLD_BYTES", 1 << 16)
+    monkeypatch.setattr(handshake, "available_memory", lambda: 1)
+    monkeypatch.setattr(memory, "available_memory", lambda: None)
+    before = len(mac.dispatches())
+    info = handshake.describe(0, "auto", "auto")
+    assert {name for name, *_ in mac.dispatches()[before:]} == {"read_probe"}
+    assert info.speed > 0
+    assert info.memory == memory.available_on_mps()
+    assert handshake.describe(0, "memory", "cpu").memory == 1
+    handshake.read_speed.cache_clear()

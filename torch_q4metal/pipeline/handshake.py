@@ -16,8 +16,9 @@ import torch
 
 from .. import __version__
 from ..checkpoint import Checkpoint
+from ..device import resolve_device
 from ..errors import PipelineError, Q4MetalError
-from ..memory import available_memory, working_bytes
+from ..memory import available_memory, available_on_mps, working_bytes
 from ..models.config import DecoderConfig
 from .message import CONTROL_BYTES, Message
 from .split import Capacity, LayerCost, explicit_split, split_layers
@@ -96,20 +97,30 @@ def pass_on(transport: Transport, content: dict[str, Any]) -> None:
     transport.send(message.tensor).wait()
 
 
-def describe(rank: int, split: str) -> RankInfo:
-    """This rank, measured as far as ``split`` needs it."""
-    memory = available_memory()
+def describe(rank: int, split: str, device: str) -> RankInfo:
+    """This rank, measured as far as ``split`` needs it, on what ``device`` means here."""
+    try:
+        kind = resolve_device(device).type
+    except Q4MetalError:  # which it says when it loads
+        kind = "cpu"
+    memory = available_on_mps() if kind == "mps" else available_memory()
     if memory is not None:  # ranks of one machine share it
         memory //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    speed = read_speed() if split == "auto" else 0.0
+    speed = read_speed(kind) if split == "auto" else 0.0
     return RankInfo(rank, socket.gethostname(), speed=speed, memory=memory)
 
 
 @functools.cache
-def read_speed() -> float:
-    """Bytes a second that this rank reads from memory, with the threads that it computes with."""
+def read_speed(kind: str) -> float:
+    """Bytes a second that this rank reads from memory: by the GPU on "mps", on the CPU with the
+    threads that it computes with.
+    """
     from ..ops import read_probe
 
+    if kind == "mps":
+        from ..mac_kernels import COLD_BYTES, read_gb_s
+
+        return 1e9 * read_gb_s(COLD_BYTES, 1)
     threads = torch.get_num_threads()
     ways = [read_probe(_PROBE_BYTES, threads, 3, prefetch) for prefetch in (False, True)]
     return _PROBE_BYTES / min(min(seconds) for seconds in ways)

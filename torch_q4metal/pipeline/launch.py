@@ -334,7 +334,7 @@ class _Stage:
         from .fingerprint import facts_of
         from .handshake import describe
 
-        info = describe(self._rank, settings.split)
+        info = describe(self._rank, settings.split, settings.device)
         try:
             self.checkpoint = Checkpoint.open(self._path())
         except Q4MetalError as error:

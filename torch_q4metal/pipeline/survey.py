@@ -80,7 +80,7 @@ def own_facts(rank: int) -> RankFacts:
     from .. import ops
     from ..device import resolve_device
 
-    info = describe(rank, "auto")
+    info = describe(rank, "auto", "auto")
     kind = resolve_device("auto").type
     device = f"cpu ({ops.cpu_kernels()})" if kind == "cpu" else kind
     return RankFacts(

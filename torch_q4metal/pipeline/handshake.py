@@ -97,7 +97,7 @@ def pass_on(transport: Transport, content: dict[str, Any]) -> None:
     transport.send(message.tensor).wait()
 
 
-def describe(rank: int, split: str, device: str) -> RankInfo:
+def describe(rank: int, split: str, device: str | None) -> RankInfo:
     """This rank, measured as far as ``split`` needs it, on what ``device`` means here."""
     try:
         kind = resolve_device(device).type

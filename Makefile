@@ -1,6 +1,7 @@
 # make chat   sets everything up in .venv, fetches the built-in model, opens the chat
 # make test   the same, then all tests        make lint    style and types
-# make test-long     slow tests: every instruction set, sanitizers
+# make test-long     slow tests: every instruction set, sanitizers, slips in the host code of Metal, ranks
+#                    that are lost or differ, apps on several ranks; under 25 minutes on 2 cores
 # make test-system   as root, with Debian packages that it installs: NEON kernels under qemu, hosts as
 #                    network namespaces
 # make test-macos-link   compiles and links the extension for Apple silicon, on any machine
@@ -29,7 +30,7 @@ chat: $(VENV)/.package $(if $(value MODEL),,$(VENV)/.model)
 	exec $(PY) -m torch_q4metal.chat "$$@"
 
 test: $(VENV)/.package $(VENV)/.model $(VENV)/.dev
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 test-long: $(VENV)/.package $(VENV)/.model $(VENV)/.dev
 	$(PY) -m pytest tests/long

@@ -29,23 +29,18 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-PLANTED = pytest.StashKey[list[str]]()
-
-
 @pytest.fixture
-def planted(request: pytest.FixtureRequest) -> Callable[[str, object], None]:
+def planted(record_property: Callable[[str, object], None]) -> Callable[[str, object], None]:
     """Notes a bug that the test planted and the words that told of it: the output lists them."""
 
     def note(bug: str, found: object) -> None:
         words = str(found).strip().splitlines()
-        request.config.stash.setdefault(PLANTED, []).append(f"{bug}: {words[0][:120]}")
+        record_property("planted", f"{bug}: {words[0][:120]}")
 
     return note
 
 
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for report in terminalreporter.stats.get("skipped", []):
         reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr
         LEFT_OUT[report.nodeid] = str(reason).removeprefix("Skipped: ")
@@ -53,7 +48,9 @@ def pytest_terminal_summary(
         terminalreporter.section("left out on this machine")
         for name, reason in LEFT_OUT.items():
             terminalreporter.write_line(f"{name}: {reason}")
-    if bugs := config.stash.get(PLANTED, []):
+    passed = terminalreporter.stats.get("passed", [])
+    properties = [each for report in passed for each in report.user_properties]
+    if bugs := [bug for name, bug in properties if name == "planted"]:
         terminalreporter.section(f"{len(bugs)} planted bugs, each found")
         for bug in bugs:
             terminalreporter.write_line(bug)

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -103,8 +104,18 @@ def _run(*arguments: str) -> None:
 
 
 def build() -> Path:
-    """The shared library: the host code, the embedded Metal text, and what stands in for torch."""
+    """The shared library: the host code, the embedded Metal text, and what stands in for torch.
+
+    One process makes it, the others wait. Those with a slip share only what there is.
+    """
     BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / "lock").open("w") as lock:
+        if "Q4METAL_SLIP" not in os.environ:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build()
+
+
+def _build() -> Path:
     text = BUILD / "kernel_text.cc"
     runpy.run_path(str(ROOT / "csrc/metal/embed.py"))["write_source"](text)
     headers = "".join(

@@ -3,6 +3,7 @@
 clang (from the ziglang wheel) compiles the text, the host's C++ compiler the executor.
 """
 
+import contextlib
 import hashlib
 import os
 import re
@@ -108,9 +109,10 @@ def build(
 
 def _prune(folder: Path) -> None:
     """Removes the builds that were not used for longest, so that a year of edits stays small."""
-    kept = sorted(folder.glob("*.so"), key=lambda f: f.stat().st_mtime)
-    for old in kept[:-_KEPT_BUILDS]:
-        old.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):  # another process removes them as well
+        kept = sorted(folder.glob("*.so"), key=lambda f: f.stat().st_mtime)
+        for old in kept[:-_KEPT_BUILDS]:
+            old.unlink()
 
 
 def _read_with_includes(text: str, include_dirs: Sequence[Path]) -> list[str]:

@@ -211,6 +211,7 @@ int run_without(int barrier) {
     if (plan.barrier_before[i] && barrier-- == 0) {
       plan.barrier_before[i] = false;
       std::printf("without the barrier before step %zu, %s\n", i, name_of(plan.steps[i].kind));
+      std::fflush(stdout); // a race ends the program at once
       cpu::Executor executor(std::move(plan), kContext);
       // On a busy machine one thread may take all pieces on both sides of the barrier.
       for (int round = 0; round < kRounds; ++round)

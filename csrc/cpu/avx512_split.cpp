@@ -16,6 +16,8 @@
 #include "prefetch.h"
 #include "split.h"
 
+#include <utility>
+
 #include "avx512.h" // from here on everything compiles for AVX-512
 
 namespace q4metal::cpu {
@@ -286,92 +288,124 @@ void run_one(const PackedMatrix w, const __m512i* x, float* y, int64_t begin, in
 
 // ---- several rows of x
 
-// Adds 16 groups, transposed to one vector per lane of a group, for kRows rows of x.
-template <int kFields, int kPlanes, int kRows>
-void add_rows(const __m512i* codes, int lanes, const __m512i* x, __m512 scale, __m512 bias,
-              Sums* sums) {
-  // A product takes 5 cycles and two start in each: ten sums have to be under way.
-  constexpr int kChains = kPlanes * kRows <= 4 ? 4 : kPlanes * kRows <= 6 ? 2 : 1;
-  Int32Vec parts[kChains][kPlanes][kRows] = {};
-  for (int lane = 0; lane < lanes; lane += kChains) {
-#pragma GCC unroll 4
-    for (int chain = 0; chain < kChains; ++chain) {
-      const __m512i bytes = load(codes + lane + chain);
-      const __m512i fields[2] = {field_of<kFields>(bytes, 0), field_of<kFields>(bytes, 1)};
-#pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m)
+// Rows of x that are prepared side by side, 16 groups of them.
+struct RowsStep {
+  const __m512i* codes; // [lanes of a group][rows][planes][fields]
+  const float* floats;  // [rows]: 16 sx, 16 float(sum of codes) * sx
+};
+
+// Output features that share what is loaded of x: of 8 rows and K = 3584 that is 57 KB, more than
+// L1 holds.
+constexpr int kFeatures = 2;
+
+// 16 groups of some features.
+template <int kLanesOfGroup> struct FeaturesStep {
+  __m512i codes[kFeatures][kLanesOfGroup]; // transposed to one vector per lane of a group
+  __m512 scales[kFeatures], biases[kFeatures];
+};
+
+// Adds 16 groups of each feature for kRows of the `rows` rows of x, from `first` on. Sums stay in
+// registers: 16 of them, more than are under way at once.
+template <typename S, int kRows>
+void add_rows(const FeaturesStep<S::kGroupLanes>& w, RowsStep x, int64_t rows, int64_t first,
+              Sums (&sums)[kFeatures][kMostRows]) {
+  constexpr int kFields = S::kFields, kPlanes = S::kPlanes;
+  Int32Vec parts[kFeatures][kPlanes][kRows] = {};
+  const __m512i* codes = x.codes + first * kPlanes * kFields;
+  for (int lane = 0; lane < S::kGroupLanes; ++lane) {
+    __m512i fields[kFeatures][kFields];
 #pragma GCC unroll 2
-        for (int plane = 0; plane < kPlanes; ++plane)
+    for (int n = 0; n < kFeatures; ++n)
 #pragma GCC unroll 2
-          for (int field = 0; field < kFields; ++field)
-            parts[chain][plane][m] = multiply_add(parts[chain][plane][m], fields[field], *x++);
-    }
-  }
-#pragma GCC unroll 4
-  for (int chain = 1; chain < kChains; ++chain)
+      for (int field = 0; field < kFields; ++field)
+        fields[n][field] = field_of<kFields>(w.codes[n][lane], field);
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 2
       for (int plane = 0; plane < kPlanes; ++plane)
-        parts[0][plane][m] += parts[chain][plane][m];
-  const auto* floats = reinterpret_cast<const float*>(x);
+#pragma GCC unroll 2
+        for (int field = 0; field < kFields; ++field) {
+          const __m512i code = load(codes + (m * kPlanes + plane) * kFields + field);
+#pragma GCC unroll 2
+          for (int n = 0; n < kFeatures; ++n)
+            parts[n][plane][m] = multiply_add(parts[n][plane][m], fields[n][field], code);
+        }
+    codes += rows * kPlanes * kFields;
+  }
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) {
-    const Int32Vec sum =
-        kPlanes == 1 ? parts[0][0][m] : (parts[0][0][m] << 8) + parts[0][kPlanes - 1][m];
-    const __m512 factor = _mm512_mul_ps(scale, _mm512_load_ps(floats + 32 * m));
-    sums[m].acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps((__m512i)sum), factor, sums[m].acc);
-    sums[m].off = _mm512_fmadd_ps(bias, _mm512_load_ps(floats + 32 * m + 16), sums[m].off);
+    const __m512 scale = _mm512_load_ps(x.floats + 32 * (first + m));
+    const __m512 sum = _mm512_load_ps(x.floats + 32 * (first + m) + 16);
+#pragma GCC unroll 2
+    for (int n = 0; n < kFeatures; ++n) {
+      const Int32Vec t =
+          kPlanes == 1 ? parts[n][0][m] : (parts[n][0][m] << 8) + parts[n][kPlanes - 1][m];
+      Sums& of = sums[n][first + m];
+      of.acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps((__m512i)t), _mm512_mul_ps(w.scales[n], scale),
+                               of.acc);
+      of.off = _mm512_fmadd_ps(w.biases[n], sum, of.off);
+    }
   }
 }
 
-using AddRows = void (*)(const __m512i*, int, const __m512i*, __m512, __m512, Sums*);
+// As many rows at once as there are sums for.
+template <typename S>
+void add_all_rows(const FeaturesStep<S::kGroupLanes>& w, RowsStep x, int64_t rows,
+                  Sums (&sums)[kFeatures][kMostRows]) {
+  constexpr int kAtOnce = 8 / S::kPlanes;
+  for (int64_t first = 0; first < rows; first += kAtOnce)
+    [&]<int... kLess>(std::integer_sequence<int, kLess...>) {
+      const int64_t count = std::min<int64_t>(kAtOnce, rows - first);
+      ((count == kLess + 1 ? add_rows<S, kLess + 1>(w, x, rows, first, sums) : void()), ...);
+    }(std::make_integer_sequence<int, kAtOnce>());
+}
 
-// For 2 to 8 rows.
-template <int kFields, int kPlanes> AddRows add_rows_of(int64_t rows) {
-  static constexpr AddRows kOf[] = {add_rows<kFields, kPlanes, 2>, add_rows<kFields, kPlanes, 3>,
-                                    add_rows<kFields, kPlanes, 4>, add_rows<kFields, kPlanes, 5>,
-                                    add_rows<kFields, kPlanes, 6>, add_rows<kFields, kPlanes, 7>,
-                                    add_rows<kFields, kPlanes, 8>};
-  return kOf[rows - 2];
+// The codes of `count` groups, up to 16, transposed.
+template <typename S> Q4_INLINE void load_step(const uint8_t* p, int64_t count, __m512i* v) {
+  for (int i = 0; i < S::kGroupLanes; ++i)
+    v[i] = count == kLanes
+               ? load(p + 64 * i)
+               : _mm512_maskz_loadu_epi8(first_bytes(count * S::kGroupBytes - 64 * i), p + 64 * i);
+  transpose<S::kGroupLanes>(v);
 }
 
 template <typename S, bool kDirect>
 void run_several(const PackedMatrix w, const __m512i* x, int64_t rows, float* y, int64_t begin,
                  int64_t end) {
-  const AddRows add = add_rows_of<S::kFields, S::kPlanes>(rows);
   const int64_t groups = w.groups();
   RowCodes<S, kDirect> codes(w);
-  for (int64_t n = begin; n < end; ++n) {
-    const uint8_t* packed = w.weight + n * w.row_stride();
+  for (int64_t n = begin; n < end; n += kFeatures) {
     const __m512i* step = x;
-    Sums sums[kMostRows] = {};
+    Sums sums[kFeatures][kMostRows] = {};
     for (int64_t g = 0; g < groups; g += kLanes) {
       const int64_t count = std::min<int64_t>(kLanes, groups - g);
-      const uint8_t* p = codes.step(packed, count * S::kGroupColumns);
-      __m512i v[S::kGroupLanes];
-      if (count == kLanes) {
-        for (int i = 0; i < S::kGroupLanes; ++i)
-          v[i] = load(p + 64 * i);
-      } else {
-        for (int i = 0; i < S::kGroupLanes; ++i)
-          v[i] = _mm512_maskz_loadu_epi8(first_bytes(count * S::kGroupBytes - 64 * i), p + 64 * i);
-      }
-      if constexpr (kDirect)
-        for (int64_t at = 0; at < count * S::kGroupBytes; at += 64)
-          prefetch_line(p + at + kPrefetchAhead);
-      prefetch_groups(w, n * groups + g);
-      transpose<S::kGroupLanes>(v);
       const __mmask16 mask = first_lanes(count);
-      add(v, S::kGroupLanes, step, load_groups<true>(w, w.scales, n * groups + g, mask),
-          load_groups<true>(w, w.biases, n * groups + g, mask), sums);
-      packed += codes.step_bytes();
+      FeaturesStep<S::kGroupLanes> features;
+      for (int i = 0; i < kFeatures; ++i) {
+        const int64_t feature = std::min(n + i, end - 1); // the last twice where one is left over
+        const uint8_t* p =
+            codes.step(w.weight + feature * w.row_stride() + g / kLanes * codes.step_bytes(),
+                       count * S::kGroupColumns);
+        load_step<S>(p, count, features.codes[i]);
+        if constexpr (kDirect)
+          for (int64_t at = 0; at < count * S::kGroupBytes; at += 64)
+            prefetch_line(p + at + kPrefetchAhead);
+        const int64_t group = feature * groups + g;
+        prefetch_groups(w, group);
+        features.scales[i] = load_groups<true>(w, w.scales, group, mask);
+        features.biases[i] = load_groups<true>(w, w.biases, group, mask);
+      }
+      add_all_rows<S>(features,
+                      {step, reinterpret_cast<const float*>(step + rows * S::kCodeVectors)}, rows,
+                      sums);
       step += rows * S::kVectors;
     }
-    alignas(32) float results[kMostRows];
-    _mm256_store_ps(results, finish(sums));
-    for (int64_t m = 0; m < rows; ++m)
-      y[m * w.out_features + n] = results[m];
+    for (int i = 0; i < std::min<int64_t>(kFeatures, end - n); ++i) {
+      alignas(32) float results[kMostRows];
+      _mm256_store_ps(results, finish(sums[i]));
+      for (int64_t m = 0; m < rows; ++m)
+        y[m * w.out_features + n + i] = results[m];
+    }
   }
 }
 

@@ -1,4 +1,4 @@
-// Kernels on tile registers: matvecs of 3 to 8 rows (amx_rows.h) and the GEMM (amx_gemm.h). The
+// Kernels on tile registers: matvecs of 6 to 8 rows (amx_rows.h) and the GEMM (amx_gemm.h). The
 // same source is compiled for AMX and, with tiles emulated in C++, for any CPU.
 #pragma once
 
@@ -6,8 +6,8 @@
 
 namespace q4metal::cpu {
 
-// `base` with the kernels on tiles in place of its own. `base` must be the same at every call: rows
-// 1 and 2 go to its kernels.
+// `base` with the kernels on tiles in place of its own. `base` must be the same at every call:
+// fewer rows go to its kernels.
 KernelTable amx_table(const KernelTable& base);
 KernelTable amx_emulated_table(const KernelTable& base);
 

@@ -1,6 +1,9 @@
 """bench and doctor: what they print, and that their numbers mean what they say."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import tiny
@@ -113,3 +116,12 @@ def test_the_read_probe_times_every_pass():
     seconds = ops.read_probe(4 << 20, 2, 3)
     assert len(seconds) == 3
     assert all(0 < s < 10 for s in seconds)
+
+
+def test_kernels_that_are_not_there_are_one_sentence():
+    environment = os.environ | {"Q4METAL_CPU": "none"}
+    command = [sys.executable, "-m", "torch_q4metal.doctor"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: Q4METAL_CPU=none is not available here; this build ")
+    assert result.stderr.count("\n") == 1

@@ -1,120 +1,15 @@
-"""The decode plan against the modules that it stands for, and its barriers against its hazards."""
-
-import itertools
-import re
-import signal
+"""A pass of the decode plan for tokens against the modules that it stands for."""
 
 import pytest
-import tiny
 import torch
+from plan_models import BOUND, KV_BOUND, MODELS, PRECISIONS, difference, keys_values, load
 
 from torch_q4metal import decode, ops
 from torch_q4metal.errors import ContextLengthError
-from torch_q4metal.models import load_model
 from torch_q4metal.models.loading import FAMILIES
 
-BY_BITS = [(bits, group_size) for bits in (2, 3, 4, 5, 6, 8) for group_size in (32, 64, 128)]
-BY_GROUP_SIZE = sorted(BY_BITS, key=lambda format: format[1])
-BY_NEITHER = [BY_BITS[7 * i % 18] for i in range(18)]
-
-
-def every_format(formats, tied=False):
-    """Overrides that give the matrices of three layers these formats in turn.
-
-    So q, k and v of a layer have bits or group size in common, or neither.
-    """
-    matrices = [f"self_attn.{name}_proj" for name in "qkvo"]
-    matrices += [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
-    names = [f"model.layers.{layer}.{matrix}" for layer in range(3) for matrix in matrices]
-    names += ["model.embed_tokens"] + ([] if tied else ["lm_head"])
-    return {
-        name: {"bits": bits, "group_size": group_size}
-        for name, (bits, group_size) in zip(names, itertools.cycle(formats))
-    }
-
-
-WIDE = {"hidden_size": 128, "intermediate_size": 256, "layers": 3}  # every group size divides K
-DENSE_LEFTOVERS = {
-    "model.layers.0.self_attn.k_proj": False,
-    "model.layers.0.mlp.down_proj": False,
-    "model.layers.1.self_attn.o_proj": False,
-    "model.layers.1.mlp.up_proj": False,
-}
-MODELS = {
-    "tied": {},
-    "untied": {"tied": False},
-    "biases": {"attention_bias": True, "mlp_bias": True},
-    "biases of dense matrices": {
-        "attention_bias": True,
-        "mlp_bias": True,
-        "dtype": torch.float16,
-        "overrides": DENSE_LEFTOVERS,
-    },
-    "qwen2": {"family": "qwen2", "tied": False},
-    "every format": {**WIDE, "tied": False, "overrides": every_format(BY_NEITHER)},
-    "every format, tied": {
-        **WIDE,
-        "dtype": torch.float16,
-        "overrides": every_format(BY_BITS, tied=True),
-    },
-    "qwen2, every format": {
-        **WIDE,
-        "family": "qwen2",
-        "tied": False,
-        "dtype": torch.bfloat16,
-        "overrides": every_format(BY_GROUP_SIZE),
-    },
-    "qwen2, tied, dense leftovers": {
-        "family": "qwen2",
-        "dtype": torch.bfloat16,
-        "overrides": DENSE_LEFTOVERS,
-    },
-    "dense head": {"tied": False, "overrides": {"lm_head": False, "model.embed_tokens": False}},
-    "dense tied table": {"dtype": torch.float16, "overrides": {"model.embed_tokens": False}},
-    "odd heads": {"heads": 3, "kv_heads": 1, "head_dim": 36, "hidden_size": 96},
-    "many small heads": {"heads": 8, "kv_heads": 1, "head_dim": 12, "hidden_size": 96},
-    "no sharing": {"heads": 4, "kv_heads": 4, "head_dim": 24},
-    "bfloat16": {"dtype": torch.bfloat16, "bits": 2, "group_size": 64, "intermediate_size": 128},
-    "llama3 rope": {
-        "config": {
-            "rope_scaling": {
-                "rope_type": "llama3",
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            }
-        }
-    },
-}
-PRECISIONS = ("exact", "fast", "int8")
-# Of logits, relative to the largest. Fast and int8 round activations to 16 and 8 bits, here before
-# the norm is applied and in the modules after it: now and then a value falls on the other side.
-# Largest seen: 1.6e-6, 3.9e-4, 1.3e-2.
-BOUND = {"exact": 1e-5, "fast": 2e-3, "int8": 5e-2}
-# Of keys and values, which are also rounded to bfloat16: 4e-3 where that falls on the other side.
-KV_BOUND = {"exact": 1e-5, "fast": 1e-2, "int8": 5e-2}
 # Last and first of a block of 32, and of a split of 512.
 BOUNDARIES = (31, 32, 33, 63, 64, 511, 512, 513)
-
-
-def load(tmp_path, precision="exact", **options):
-    config = {"max_position_embeddings": 2048} | options.pop("config", {})
-    path = tiny.write_tiny(tmp_path / "model", config=config, **options).path
-    return load_model(path, precision=precision)
-
-
-def difference(a, b):
-    return ((a - b).abs().max() / b.abs().max()).item()
-
-
-def keys_values(sequence, begin, end):
-    """[2, layers, kv_heads, end - begin, head_dim] f32 out of a sequence's blocks."""
-    found = []
-    for position in range(begin, end):
-        slab, row = sequence.pool.locate(sequence.block_table[position // 32])
-        found.append(sequence.pool.slabs[slab][:, :, row, :, position % 32].float())
-    return torch.stack(found, 3)
 
 
 def assert_pass_equals(model, plan, precision, ids, eager, planned):
@@ -180,105 +75,6 @@ def test_ragged_rows_equal_the_modules(tmp_path, name, precision):
         assert_pass_equals(
             model, plan, precision, ids, [eager[i] for i in chosen], [planned[i] for i in chosen]
         )
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize(
-    "name",
-    ["biases", "qwen2, every format", "biases of dense matrices", "many small heads", "no sharing"],
-)
-@torch.inference_mode()
-def test_prompts_equal_the_modules(tmp_path, name, precision):
-    """Chunks of 512 that end at multiples of it, after different starts, the last one short."""
-    model = load(tmp_path, precision, **MODELS[name])
-    plan = decode.DecodePlan(model)
-    ids = torch.randint(model.config.vocab_size, (1100,)).tolist()
-    for lengths in ((9,), (40, 33, 60), (530, 520), (512, 513), (1, 1040)):
-        eager, planned, done = model.make_cache(1100), model.make_cache(1100), 0
-        for count in lengths:
-            part = ids[done : done + count]
-            expected = model(torch.tensor([part]), [eager], logits_to_keep=1)[0]
-            assert difference(plan.prefill(part, planned), expected) < BOUND[precision]
-            place = done, done + count
-            own, theirs = keys_values(planned, *place), keys_values(eager, *place)
-            assert difference(own, theirs) < KV_BOUND[precision]
-            done += count
-            assert planned.tokens == eager.tokens == ids[:done]
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-@torch.inference_mode()
-def test_rows_of_a_prompt_do_not_depend_on_rows_or_threads(tmp_path, precision):
-    """Not even where the MLP takes its rows in parts."""
-    wide = {"hidden_size": 64, "intermediate_size": 16384, "layers": 2}
-    model = load(tmp_path, precision, **wide)
-    plan = decode.DecodePlan(model)
-    ids = torch.randint(model.config.vocab_size, (490,))
-    rows = torch.empty(490, model.config.vocab_size)
-    cache = model.make_cache(490)
-    cache.reserve(490)
-    plan.advance(ids, [cache], [490], rows)
-    threads = torch.get_num_threads()
-    for count, used in ((9, 1), (334, 3), (345, 2), (490, 1)):
-        try:
-            torch.set_num_threads(used)
-            few = torch.empty(9, model.config.vocab_size)
-            plan.advance(ids[:count], [cache], [count], few)
-        finally:
-            torch.set_num_threads(threads)
-        assert torch.equal(few, rows[count - 9 : count])
-
-
-def test_prompts_must_be_one_text(tmp_path):
-    model = load(tmp_path)
-    plan, cache = decode.DecodePlan(model), model.make_cache(64)
-    cache.reserve(16)
-    arguments = {
-        "input": torch.arange(16),
-        "positions": torch.arange(16),
-        "rope": torch.stack(model.config.rope.rows(0, 16, 16), 1),
-        "block_tables": torch.tensor([cache.block_table] * 16, dtype=torch.int32),
-        "kv": cache.pool.slabs,
-        "out": torch.empty(1, model.config.vocab_size),
-    }
-    wrong = torch.arange(16)
-    wrong[11] = 12
-    with pytest.raises(ValueError, match="row 11 of 16 does not continue the text of row 0"):
-        ops.decode_step(plan.native.handle, **arguments | {"positions": wrong})
-    ops.decode_step(plan.native.handle, **arguments)
-
-
-@torch.inference_mode()
-def test_an_interrupt_ends_a_prompt_between_layers(tmp_path):
-    model = load(tmp_path, layers=8, hidden_size=64, intermediate_size=512)
-    plan = decode.DecodePlan(model)
-    ids = torch.randint(model.config.vocab_size, (1536,)).tolist()
-    expected = plan.prefill(ids, model.make_cache(1536))
-    inside = []
-
-    def read_and_wait(cache):
-        plan.prefill(ids, cache)
-        signal.pause()
-
-    def interrupt(_, frame):
-        inside.append(frame.f_code.co_filename.endswith("_ops.py"))
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        for attempt in range(1, 100):
-            cache = model.make_cache(1536)
-            signal.setitimer(signal.ITIMER_REAL, 0.002 * attempt)
-            with pytest.raises(KeyboardInterrupt):
-                read_and_wait(cache)
-            assert cache.length % 512 == 0
-            if cache.length < 1536:
-                assert torch.equal(plan.prefill(ids[cache.length :], cache), expected)
-            if inside[-1]:
-                break
-    finally:
-        signal.signal(signal.SIGALRM, before)
-    assert inside[-1]
 
 
 @torch.inference_mode()
@@ -411,58 +207,6 @@ def test_a_full_cache_is_named_before_anything_is_computed(tmp_path):
     with pytest.raises(ContextLengthError):
         plan.forward([[1]], [cache])
     assert cache.length == 32
-
-
-def test_every_barrier_is_needed_and_enough(tmp_path, planted):
-    plan = decode.DecodePlan(load(tmp_path)).native
-    barriers = plan.barriers
-    assert not plan.hazards(barriers)
-    assert sum(barriers) == 5 * 2 + 2  # five steps a layer, the head, argmax; nothing before embed
-    for i in [i for i, there in enumerate(barriers) if there]:
-        without = [there and i != j for j, there in enumerate(barriers)]
-        found = plan.hazards(without)
-        assert found
-        assert all(earlier < i <= later for earlier, later, _, _ in found)
-        earlier, later, buffer, kind = found[0]
-        planted(f"plan: no barrier before step {i}", f"steps {earlier}, {later}: {kind}, {buffer}")
-    kinds = {kind for _, _, _, kind in plan.hazards([False] * len(barriers))}
-    assert kinds == {"read after write", "write after read", "write after write"}
-
-
-def test_barriers_follow_from_what_the_steps_declare(tmp_path):
-    """Computed once more from the text of ``describe``, by somebody else."""
-    plan = decode.DecodePlan(load(tmp_path)).native
-    lines = [line for line in plan.describe().splitlines() if not line.startswith("----")]
-    expected, reads, writes = [], set(), set()  # of the steps since the last barrier
-    for line in lines:
-        step = re.search(r"reads (\S+) writes (\S+)$", line)
-        step_reads, step_writes = (set(names.split(",")) for names in step.groups())
-        must_wait = bool(writes & (step_reads | step_writes) or reads & step_writes)
-        expected.append(must_wait)
-        if must_wait:
-            reads, writes = set(), set()
-        reads |= step_reads
-        writes |= step_writes
-    assert plan.barriers == expected
-
-
-def test_describe_lists_steps_bytes_and_barriers(tmp_path):
-    model = load(tmp_path, overrides={"model.layers.0.self_attn.k_proj": False})
-    plan = decode.DecodePlan(model)
-    lines = plan.describe().splitlines()
-    assert [line.split()[1] for line in lines if not line.startswith("----")][:6] == [
-        "embed",
-        "norm_qkv_rope_append",
-        "attention",
-        "output_residual",
-        "norm_gate_up_swiglu",
-        "down_residual",
-    ]
-    assert (
-        "[64, 64] 4b/g32 + [32, 64] dense + [32, 64] 4b/g32  reads hidden writes q,kv" in lines[2]
-    )
-    assert lines.count("---- barrier") == sum(plan.native.barriers)
-    assert 0 < plan.native.weight_bytes < model.checkpoint.weight_bytes * 2
 
 
 def test_generation_uses_the_plan_and_eager_does_not(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from torch_q4metal import mac_kernels, memory
+from torch_q4metal import mac_kernels
 from torch_q4metal.generation import generate_step
 from torch_q4metal.models import load_model
 from torch_q4metal.pipeline import handshake
@@ -34,11 +34,11 @@ def test_a_rank_on_mps_is_measured_there(mac, monkeypatch):
     handshake.read_speed.cache_clear()
     monkeypatch.setattr(mac_kernels, "COLD_BYTES", 1 << 16)
     monkeypatch.setattr(handshake, "available_memory", lambda: 1)
-    monkeypatch.setattr(memory, "available_memory", lambda: None)
+    monkeypatch.setattr(handshake, "available_on_mps", lambda: 2)
     before = len(mac.dispatches())
     info = handshake.describe(0, "auto", "auto")
     assert {name for name, *_ in mac.dispatches()[before:]} == {"read_probe"}
     assert info.speed > 0
-    assert info.memory == memory.available_on_mps()
+    assert info.memory == 2
     assert handshake.describe(0, "memory", "cpu").memory == 1
     handshake.read_speed.cache_clear()

@@ -135,7 +135,10 @@ class DecodePlan:
             out = torch.empty(len(x), self._width)
         slabs = cache[0].pool.slabs
         if len(x) <= MATVEC_ROWS:
-            inputs = self._inputs.pop() if self._inputs else self.row_inputs()
+            try:
+                inputs = self._inputs.pop()
+            except IndexError:  # asked instead of looked up: another thread may take the last
+                inputs = self.row_inputs()
             inputs.fill(cache, counts, length)
             self.run(x, inputs, slabs, out)
             self._inputs.append(inputs)

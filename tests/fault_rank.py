@@ -30,12 +30,12 @@ SETTINGS = Settings(precision=PRECISION, split="memory", stage_timeout=float(TIM
 class SlowStage(stage.Stage):
     """As many reads of memory in one operator as take twice the timeout."""
 
-    def compute(self, work, x, cache, out):
+    def compute(self, work, x, cache, out, ahead=None):
         begin = time.perf_counter()
         once = min(read_probe(1 << 26, 1, 3, False))
         read_probe(1 << 26, 1, int(2 * float(TIMEOUT) / once), False)
         print(f"chunk {time.perf_counter() - begin:.1f}", flush=True)
-        return super().compute(work, x, cache, out)
+        return super().compute(work, x, cache, out, ahead)
 
 
 def take_place_in_cluster(key):

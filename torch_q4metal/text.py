@@ -84,4 +84,4 @@ class Choice:
             # token.
             return greedy(logits), torch.log_softmax(logits, -1) if wants_logprobs else None
         logprobs = torch.log_softmax(logits, -1)
-        return int(self._sampler(logprobs)), logprobs
+        return int(self._sampler(logprobs)), logprobs if wants_logprobs else None

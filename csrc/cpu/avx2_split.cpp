@@ -33,11 +33,6 @@ Q4_INLINE const uint8_t* readable(const uint8_t* turn, const uint8_t* end, uint8
   return copy;
 }
 
-template <typename T> Q4_INLINE void prefetch(const uint8_t* p) {
-  for (int b = 0; b < T::kBytes; b += 64)
-    prefetch_line(p + b);
-}
-
 Q4_INLINE void store(int32_t* to, __m256i v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v);
 }
@@ -51,7 +46,7 @@ template <typename T> void sum_one(const Tile& tile) {
     const uint8_t* in_place = tile.codes + line * tile.line_bytes;
     const std::byte* x = tile.x;
     for (int64_t turn = 0; turn < turns; ++turn) {
-      prefetch<T>(in_place + ahead);
+      prefetch_lines(in_place + ahead, T::kBytes);
       const uint8_t* codes = readable<T>(in_place, end, copy);
       __m256i quads[T::kQuads];
 #pragma GCC unroll 8
@@ -87,7 +82,7 @@ template <typename T> void sum_several(const Tile& tile) {
   for (int64_t turn = 0; turn < tile.turns; ++turn)
     for (int64_t line = 0; line < tile.lines; ++line) {
       const uint8_t* in_place = tile.codes + line * tile.line_bytes + turn * T::kBytes;
-      prefetch<T>(in_place + tile.ahead);
+      prefetch_lines(in_place + tile.ahead, T::kBytes);
       const uint8_t* codes = readable<T>(in_place, tile.end, copy);
       __m256i quads[kMaxMatvecRows][T::kQuads];
 #pragma GCC unroll 16

@@ -239,8 +239,7 @@ public:
   Q4_INLINE const uint8_t* step(const uint8_t* packed, int64_t columns) {
     if constexpr (kDirect)
       return packed;
-    for (int64_t ahead = 0; ahead < step_bytes_; ahead += 64)
-      prefetch_line(packed + ahead + kPrefetchAhead);
+    prefetch_lines(packed + kPrefetchAhead, step_bytes_);
     if (columns < S::kColumns)
       std::memset(bytes_, 0, sizeof bytes_);
     unpack_(packed, std::min(columns, S::kColumns), bytes_);
@@ -388,8 +387,7 @@ void run_several(const PackedMatrix w, const __m512i* x, int64_t rows, float* y,
                        count * S::kGroupColumns);
         load_step<S>(p, count, features.codes[i]);
         if constexpr (kDirect)
-          for (int64_t at = 0; at < count * S::kGroupBytes; at += 64)
-            prefetch_line(p + at + kPrefetchAhead);
+          prefetch_lines(p + kPrefetchAhead, count * S::kGroupBytes);
         const int64_t group = feature * groups + g;
         prefetch_groups(w, group);
         features.scales[i] = load_groups<true>(w, w.scales, group, mask);

@@ -15,4 +15,10 @@ constexpr int64_t kPrefetchAhead = 8192; // bytes; 4096 and 16384 do as well, 20
 
 Q4_INLINE void prefetch_line(const void* p) { __builtin_prefetch(p, 0, 2); }
 
+// The lines of [p, p + bytes), if p begins one.
+Q4_INLINE void prefetch_lines(const uint8_t* p, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64)
+    prefetch_line(p + at);
+}
+
 } // namespace q4metal::cpu

@@ -18,13 +18,6 @@ class DenseLinear(nn.Linear):
     Up to 8 rows each is a product of its own, so that its numbers do not depend on the others.
     """
 
-    @classmethod
-    def of(cls, linear: nn.Linear) -> DenseLinear:
-        """The same parameters, computed in f32."""
-        dense = cls.__new__(cls)
-        dense.__dict__ = linear.__dict__
-        return dense
-
     def forward(self, x: Tensor) -> Tensor:
         out = _dense_product(x.float().flatten(0, -2), self.weight)
         if self.bias is not None:
@@ -35,13 +28,6 @@ class DenseLinear(nn.Linear):
 class DenseEmbedding(nn.Embedding):
     """A dense embedding table: rows in f32, and the head of tied models."""
 
-    @classmethod
-    def of(cls, embedding: nn.Embedding) -> DenseEmbedding:
-        """The same table, with rows in f32."""
-        dense = cls.__new__(cls)
-        dense.__dict__ = embedding.__dict__
-        return dense
-
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight).float()
 
@@ -49,14 +35,20 @@ class DenseEmbedding(nn.Embedding):
         return _dense_product(x.float().flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
 
 
+_IN_F32: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: DenseLinear,
+    nn.Embedding: DenseEmbedding,
+}
+
+
 def compute_dense_in_f32(module: nn.Module) -> None:
     """Puts DenseLinear and DenseEmbedding in the place of what ``load_packed`` left dense."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, DenseLinear.of(child))
-            elif type(child) is nn.Embedding:
-                setattr(parent, name, DenseEmbedding.of(child))
+            if (kind := _IN_F32.get(type(child))) is not None:
+                dense = kind.__new__(kind)
+                dense.__dict__ = child.__dict__  # the same parameters
+                setattr(parent, name, dense)
 
 
 def _dense_product(rows: Tensor, weight: Tensor) -> Tensor:

@@ -213,7 +213,7 @@ class Worker:
             else:
                 wants_logprobs = place.want is Want.LOGPROBS
                 token, logprobs = self._chooser.draw(place.text, row, wants_logprobs)
-                if logprobs is not None and wants_logprobs:
+                if logprobs is not None:
                     rows.append(logprobs)
             drawn.append((place.text, token))
         answer = self._outbox.take()

@@ -24,6 +24,8 @@ SOURCES = [
     "csrc/cpu/decode_step.cpp",
     "csrc/cpu/dispatch.cpp",
     "csrc/cpu/executor.cpp",
+    "csrc/cpu/executor_pass.cpp",
+    "csrc/cpu/executor_workspace.cpp",
     "csrc/cpu/prefill.cpp",
     "csrc/cpu/executor_registry.cpp",
     "csrc/cpu/threads.cpp",

@@ -16,6 +16,8 @@ DRIVER = "tests/sanitizer/decode_passes.cpp"
 PORTABLE = [
     "csrc/plan/plan.cpp",
     "csrc/cpu/executor.cpp",
+    "csrc/cpu/executor_pass.cpp",
+    "csrc/cpu/executor_workspace.cpp",
     "csrc/cpu/prefill.cpp",
     "csrc/cpu/threads.cpp",
     "csrc/cpu/codec.cpp",

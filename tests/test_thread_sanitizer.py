@@ -25,6 +25,6 @@ def test_no_race_and_a_race_without_any_one_barrier(program, planted):
         status, output = sanitized.watch(program, "without", str(i))
         assert status != 0, f"no race without barrier {i}: {output}"
         assert sanitized.RACE in output
-        assert "executor.cpp" in output
+        assert "executor_pass.cpp" in output
         removed, _, warning = output.partition("\n")
         planted(f"executor: {removed}", warning.partition("WARNING: ")[2])

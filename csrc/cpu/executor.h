@@ -10,6 +10,8 @@
 
 namespace q4metal::cpu {
 
+struct Workspace;
+
 class Executor {
 public:
   // `context`: the largest position + 1. Throws std::bad_alloc.
@@ -29,8 +31,6 @@ public:
   void close();
 
 private:
-  struct Workspace;
-
   plan::Plan plan_;
   int64_t context_;
   ForkSafeLock turn_;

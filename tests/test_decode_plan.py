@@ -158,6 +158,25 @@ def test_greedy_ids_and_logits_of_the_op_agree(tmp_path):
     )
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_likeliest_tokens_are_those_of_the_logits(tmp_path, threads):
+    """By rows and threads; of equally likely ones the first."""
+    model = load(tmp_path)
+    plan = decode.DecodePlan(model)
+    pool = model.make_pool(512)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for ids in ([[5]], [[5, 6, 7]], [[5], [6, 7], [8, 9, 1, 2]]):
+            texts = [decode.Sequence(pool) for _ in ids]
+            expected = plan.forward(ids, texts).argmax(-1).tolist()
+            assert plan.likeliest(ids, [decode.Sequence(pool) for _ in ids]) == expected
+        model.model.norm.weight.data.zero_()
+        assert decode.DecodePlan(model).likeliest([[5], [6]], texts[:2]) == [0, 0]
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_errors_name_the_value(tmp_path):
     model = load(tmp_path)
     plan = decode.DecodePlan(model)

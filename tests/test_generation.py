@@ -88,6 +88,8 @@ def test_generate_step_is_the_model_s_argmax(tiny_model):
         logprobs[0] = 0  # a caller's own, not a tensor of inference mode
     assert prompt == [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
     assert next(generate_step(torch.tensor(prompt), model))[0] == expected[0][0]
+    without = list(generate_step(prompt, model, max_tokens=40, logprobs=False))
+    assert without == [(token, None) for token, _ in expected]
 
 
 def test_an_answer_ends_at_its_end_token(tmp_path):

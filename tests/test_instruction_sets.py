@@ -57,7 +57,7 @@ def refusal():
 def available():
     """The names that the error for an unknown one lists."""
     found = re.search(
-        r"InstructionSetError: Q4METAL_CPU=none is not available here; this build and CPU have: (.*)",
+        r"ValueError: Q4METAL_CPU=none is not available here; this build and CPU have: (.*)",
         refusal(),
     )
     assert found, refusal()

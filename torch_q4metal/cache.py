@@ -150,13 +150,13 @@ class Sequence:
 
         Raises ContextLengthError, before anything changes, if the pool has no room for them.
         """
+        if self._has_room(count):
+            return
         if count > self.room:
             raise ContextLengthError(
                 f"the KV cache has room for {self.room} more tokens, but {count} are needed; ask "
                 "for a larger max_kv_size or start anew."
             )
-        if count == 0:
-            return
         pool, table = self.pool, self.block_table
         if self._partial_block_is_shared():
             index = self.length // BLOCK
@@ -200,6 +200,12 @@ class Sequence:
 
     def __repr__(self) -> str:
         return f"Sequence(length={self.length}, block_table={self.block_table})"
+
+    def _has_room(self, count: int) -> bool:
+        """Whether nothing needs to be done for so many more: what nearly every token finds."""
+        end = len(self.tokens) + count
+        fits = end <= len(self.block_table) * BLOCK and end <= self.pool.max_tokens
+        return count == 0 or (fits and not self._partial_block_is_shared())
 
     def _partial_block_is_shared(self) -> bool:
         index, used = divmod(self.length, BLOCK)

@@ -1,4 +1,4 @@
-"""Which plan decodes a model, and the next logits of several texts by plan or by modules."""
+"""Which plan decodes a model, and next logits or tokens of several texts by plan or modules."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from .decode_mps import MetalDecodePlan
 from .decode_plan import DecodePlan, last_rows, precisions
 from .model_formats import ModelFormats
 from .models.base import MATVEC_ROWS, PREFILL_CHUNK, CausalLM
+from .sampling import greedy
 from .self_check import check_modules
 
-__all__ = ["DecodePlan", "forward", "is_supported", "last_rows", "plan_of"]
+__all__ = ["DecodePlan", "forward", "is_supported", "last_rows", "likeliest", "plan_of"]
 
 
 def is_supported(model: CausalLM) -> bool:
@@ -76,11 +77,25 @@ def forward(model: CausalLM, ids: List[List[int]], cache: List[Sequence]) -> Ten
     Up to 8 tokens in all are decoded together; else each text is read alone.
     """
     plan = plan_of(model)
-    one_pool = len({id(sequence.pool) for sequence in cache}) == 1
-    if plan is not None and one_pool and sum(map(len, ids)) <= MATVEC_ROWS:
+    if plan is not None and _go_together(ids, cache):
         return plan.forward(ids, cache)
     if plan is not None and plan.reads_prompts:
         for tokens, sequence in zip(ids, cache, strict=True):
             model.check_context(sequence.length + len(tokens))
         return torch.cat([plan.prefill(tokens, text) for tokens, text in zip(ids, cache)])
     return model(torch.tensor(ids), cache, logits_to_keep=1)[:, -1]
+
+
+def likeliest(model: CausalLM, ids: List[List[int]], cache: List[Sequence]) -> list[int]:
+    """The likeliest next tokens [B] where ``forward`` gives logits; of equals the first."""
+    plan = plan_of(model)
+    if plan is not None and _go_together(ids, cache):
+        return plan.likeliest(ids, cache)
+    with torch.inference_mode():
+        return [greedy(logits) for logits in forward(model, ids, cache)]
+
+
+def _go_together(ids: List[List[int]], cache: List[Sequence]) -> bool:
+    """Whether one pass of a plan takes all of them."""
+    pool = cache[0].pool
+    return sum(map(len, ids)) <= MATVEC_ROWS and all(text.pool is pool for text in cache)

@@ -8,6 +8,7 @@ less time and memory than modules. The modules remain the definition: tests comp
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence as List
 from typing import Any
 
@@ -82,14 +83,45 @@ class DecodePlan:
         The tokens are appended to their sequences, which must be different ones. Raises
         ContextLengthError, before anything is computed, if a sequence has no room.
         """
-        for tokens, sequence in zip(ids, cache, strict=True):
-            sequence.reserve(len(tokens))
-        flat = torch.tensor([token for tokens in ids for token in tokens])
         counts = [len(tokens) for tokens in ids]
-        logits = self.advance(flat, cache, counts)
-        for tokens, sequence in zip(ids, cache, strict=True):
-            sequence.append(tokens)
+        logits = torch.empty(sum(counts), self._width)
+        self._append(ids, cache, counts, logits)
         return last_rows(logits, counts)
+
+    def likeliest(self, ids: List[List[int]], cache: List[Sequence]) -> list[int]:
+        """As ``forward``, but gives the likeliest next token of each sequence, of equals the first.
+
+        Nothing is left for Python to do with 150,000 logits, which takes 0.3 ms right after a pass.
+        """
+        counts = [len(tokens) for tokens in ids]
+        chosen = self._append(ids, cache, counts)
+        if len(chosen) == len(counts):
+            return chosen
+        return [chosen[end - 1] for end in itertools.accumulate(counts)]
+
+    def _append(
+        self,
+        ids: List[List[int]],
+        cache: List[Sequence],
+        counts: List[int],
+        logits: Tensor | None = None,
+    ) -> list[int]:
+        """Puts ids [B][L] into their sequences, with ``logits`` [R, V] for all of them if given.
+
+        Returns the likeliest token after each of the R ids if not.
+        """
+        for sequence, count in zip(cache, counts, strict=True):
+            sequence.reserve(count)
+        inputs = self._free_inputs()
+        inputs.fill(cache, counts)
+        inputs.write_ids(ids)
+        out = inputs.next_ids if logits is None else logits
+        self.run(inputs.ids, inputs, cache[0].pool.slabs, out)
+        chosen = inputs.read_next_ids() if logits is None else []
+        self._inputs.append(inputs)
+        for tokens, sequence in zip(ids, cache):
+            sequence.append(tokens)
+        return chosen
 
     @property
     def reads_prompts(self) -> bool:
@@ -135,10 +167,7 @@ class DecodePlan:
             out = torch.empty(len(x), self._width)
         slabs = cache[0].pool.slabs
         if len(x) <= MATVEC_ROWS:
-            try:
-                inputs = self._inputs.pop()
-            except IndexError:  # asked instead of looked up: another thread may take the last
-                inputs = self.row_inputs()
+            inputs = self._free_inputs()
             inputs.fill(cache, counts, length)
             self.run(x, inputs, slabs, out)
             self._inputs.append(inputs)
@@ -147,6 +176,12 @@ class DecodePlan:
         tables = block_tables(cache, counts)
         ops.decode_step(self.native.handle, x, positions, rope, tables, slabs, out)
         return out
+
+    def _free_inputs(self) -> RowInputs:
+        try:
+            return self._inputs.pop()
+        except IndexError:  # asked instead of looked up: another thread may take the last
+            return self.row_inputs()
 
     def row_inputs(self) -> RowInputs:
         """What ``run`` takes, to be filled."""

@@ -21,14 +21,20 @@ class LocalEngine:
         self._model = model
         self.stages: list[dict[str, Any]] = []
 
-    @torch.inference_mode()
     def submit(self, texts: list[Text]) -> None:
         ids, caches = [text.waiting for text in texts], [text.cache for text in texts]
-        logits = decode.forward(self._model, ids, caches).cpu()
-        for text, own in zip(texts, logits, strict=True):
-            text.logits = own
+        if all(text.takes_likeliest for text in texts):
+            for text, token in zip(texts, decode.likeliest(self._model, ids, caches), strict=True):
+                text.next_token = token
+            return
+        with torch.inference_mode():
+            logits = decode.forward(self._model, ids, caches).cpu()
+            for text, own in zip(texts, logits, strict=True):
+                text.next_token, text.logits = None, own
 
     def draw(self, text: Text) -> tuple[int, Tensor | None]:
+        if text.next_token is not None:
+            return text.next_token, None
         assert text.logits is not None, "it was not submitted"
         return text.choice.draw(text.tokens, text.logits, text.logprobs)
 

@@ -1,4 +1,4 @@
-"""Where the rows of a pass lie, as a decode plan takes it: positions, cosines and sines, blocks.
+"""The rows of a pass, as a decode plan takes them: ids, positions, cosines and sines, blocks.
 
 Right after a pass, which has driven everything else out of the caches, a torch call takes 10 to
 20 us. So the inputs of a few rows are filled in place, without any.
@@ -21,6 +21,8 @@ _KEPT_BLOCKS = 64  # whose cosines and sines are kept: 1 MB for heads of 64
 class RowInputs:
     """Inputs of R rows, 1 to 8; the tensors change with the next ``fill``.
 
+    ids        int64 [R], of a plan that embeds: what ``write_ids`` wrote
+    next_ids   int64 [R], room for the ids that a plan with a head chooses; ``read_next_ids``
     positions  int64 [R]
     rope       f32 [R, 2, head_dim], cosines and signed sines
     tables     int32 [R, blocks]: each row's blocks in the order of positions
@@ -49,11 +51,24 @@ class RowInputs:
                 self._table_memory[begin : begin + len(table)] = table
                 row += 1
 
+    def write_ids(self, ids: List[List[int]]) -> None:
+        """The rows' token ids, [B][L], once ``fill`` has made room for them."""
+        row = 0
+        for tokens in ids:
+            for token in tokens:
+                self._id_memory[row] = token
+                row += 1
+
+    def read_next_ids(self) -> list[int]:
+        return self._next_id_memory.tolist()
+
     def _resize(self, rows: int, blocks: int) -> None:
         self._shape = rows, blocks
+        self.ids, self.next_ids = torch.zeros(2, rows, dtype=torch.int64)
         self.positions = torch.zeros(rows, dtype=torch.int64)
         self.rope = torch.zeros(rows, 2, self._rope_rows.head_dim)
         self.tables = torch.zeros(rows, blocks, dtype=torch.int32)
+        self._id_memory, self._next_id_memory = _memory(self.ids), _memory(self.next_ids)
         self._position_memory = _memory(self.positions)
         self._rope_memory = _memory(self.rope).cast("B")
         self._table_memory = _memory(self.tables.view(-1))

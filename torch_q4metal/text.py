@@ -24,10 +24,12 @@ class Text:
                this process can call, do it
     logprobs   whether who draws wants to see the log-probabilities
     end        how many tokens it may get, the prompt's included; None: no limit
+    next_token the next token, where it was chosen with the pass itself
     logits     [V] f32 for the next token, where they were computed and are not drawn from yet
     lane       what an engine keeps of it between passes
     number     tells it from all others of this process
     seed       of the random numbers that a device draws it with
+    takes_likeliest  whether the likeliest token is all that anybody wants of the logits
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Text:
         self.sampling = sampling
         self.logprobs = logprobs
         self.end = end
+        self.next_token: int | None = None
         self.logits: Tensor | None = None
         self.lane: Any = None
         self.number = next(_numbers)
@@ -55,6 +58,7 @@ class Text:
             self.choice = Choice(sampler or greedy, processors)
         else:
             self.choice = Choice.of(sampling)
+        self.takes_likeliest = self.choice.is_greedy and not logprobs
 
     @property
     def waiting(self) -> list[int]:
@@ -72,6 +76,11 @@ class Choice:
     @classmethod
     def of(cls, sampling: SamplingParams) -> Choice:
         return cls(sampling.sampler(), sampling.logits_processors())
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether it takes the likeliest token of the logits as they are."""
+        return self._sampler is greedy and not self._processors
 
     def draw(
         self, tokens: list[int], logits: Tensor, wants_logprobs: bool = True

@@ -119,12 +119,14 @@ void decode_step(int64_t handle, const at::Tensor& input, const at::Tensor& posi
   if (is_prompt)
     check_prompt(at, rows, block_tables);
 
-  at::Tensor logits = wants_tokens ? at::empty({out_rows, shape.vocab_size}, rope.options()) : out;
+  at::Tensor rows_out = out;
+  if (wants_tokens) // of few rows, the executor has room
+    rows_out = is_prompt ? at::empty({out_rows, shape.vocab_size}, rope.options()) : at::Tensor();
   const bool exists = executor->run(
       {rows, ids, embeds ? nullptr : input.const_data_ptr<float>(), at,
        rope.const_data_ptr<float>(), block_tables.const_data_ptr<int32_t>(), block_tables.size(1),
-       slabs.data(), slab_blocks, logits.mutable_data_ptr<float>(), out_rows,
-       wants_tokens ? out.mutable_data_ptr<int64_t>() : nullptr},
+       slabs.data(), slab_blocks, rows_out.defined() ? rows_out.mutable_data_ptr<float>() : nullptr,
+       out_rows, wants_tokens ? out.mutable_data_ptr<int64_t>() : nullptr},
       at::get_num_threads(), raise_signals);
   check_exists(exists);
 }

@@ -1,5 +1,6 @@
 // Picks the kernel table once, at first use.
 #include <cstdlib>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -45,8 +46,8 @@ const KernelTable& choose() {
       return *table;
     names += std::string(names.empty() ? "" : ", ") + table->name;
   }
-  throw UnknownKernels("Q4METAL_CPU=" + std::string(forced) +
-                       " is not available here; this build and CPU have: " + names);
+  throw std::invalid_argument("Q4METAL_CPU=" + std::string(forced) +
+                              " is not available here; this build and CPU have: " + names);
 }
 
 } // namespace

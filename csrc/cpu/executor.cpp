@@ -30,7 +30,7 @@ bool Executor::run(const TokenInputs& inputs, int threads, void (*interrupted)()
     prefill_.run(inputs, threads, interrupted);
     return true;
   }
-  workspace_->start(threads);
+  workspace_->start(threads, inputs.out == nullptr ? inputs.rows : 0);
   struct Region {
     const plan::Plan& plan;
     Workspace& workspace;

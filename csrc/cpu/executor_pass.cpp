@@ -5,6 +5,7 @@
 
 #include "embedding_row.h"
 #include "kernels.h"
+#include "prefetch.h"
 
 namespace q4metal::cpu {
 namespace {
@@ -14,8 +15,10 @@ using plan::Segment;
 using plan::Step;
 using plan::StepKind;
 
-// Rows of a matrix that a thread takes at a time: 64 rows of K = 576 are 18 KB of one stream.
-constexpr int64_t kRowsPerPiece = 64;
+// Of a step's matrices, taken at a time: some 2 us, for which a thread may have to wait for another
+// at the step's end. With 64 rows whatever their length it was 6 us of each of 120 waits a token.
+constexpr int64_t kPieceBytes = 32 << 10;
+constexpr int64_t kFewestRows = 16, kMostRows = 64;
 
 // Of a matrix's weights, asked for ahead of a barrier: some 1 us of reading. 64 KB were no better.
 constexpr int64_t kFetchedBytes = 16 << 10;
@@ -27,7 +30,9 @@ public:
        int threads)
       : plan_(plan), shape_(plan.shape), w_(workspace), in_(inputs), thread_(thread),
         threads_(threads), table_(kernels()), matvec_(table_.matvec(plan.shape.precision)),
-        own_(*workspace.threads[thread]) {}
+        own_(*workspace.threads[thread]), logits_(inputs.out != nullptr ? inputs.out : w_.logits) {
+    own_.likeliest.fill({});
+  }
 
   void run(int index) {
     const Step& step = plan_.steps[index];
@@ -63,13 +68,25 @@ private:
     w_.shares.share(index_, thread_, count, body);
   }
 
-  // Calls body(begin, end) for this thread's share of [0, size).
-  template <typename Body> void share_rows(int64_t size, const Body& body) {
-    share(pieces_of(size),
-          [&](int64_t i) { body(i * kRowsPerPiece, std::min((i + 1) * kRowsPerPiece, size)); });
+  // Calls body(begin, end) for this thread's share of a step's output features.
+  template <typename Body> void share_rows(const Step& step, const Body& body) {
+    const int64_t size = step.segments[0].out_features(), piece = piece_rows(step);
+    share(pieces_of(step, piece),
+          [&](int64_t i) { body(i * piece, std::min((i + 1) * piece, size)); });
   }
 
-  static int64_t pieces_of(int64_t size) { return (size + kRowsPerPiece - 1) / kRowsPerPiece; }
+  // Rows of a step's matrices that a thread takes at a time.
+  int64_t piece_rows(const Step& step) const {
+    int64_t bytes = 0;
+    for (const Segment& segment : step.segments)
+      bytes += segment.bytes() / segment.out_features();
+    const int64_t rows = kPieceBytes / bytes / kFewestRows * kFewestRows;
+    return in_.rows > 1 ? kMostRows : std::clamp(rows, kFewestRows, kMostRows);
+  }
+
+  static int64_t pieces_of(const Step& step, int64_t piece) {
+    return (step.segments[0].out_features() + piece - 1) / piece;
+  }
 
   // ---- the input of a step's matrices, prepared once by every thread for itself: that costs about
   // as much as a barrier and leaves the prepared rows in the thread's own cache.
@@ -134,9 +151,10 @@ public:
           head_of(w_.shares.first_of(shape_.heads + 2 * shape_.kv_heads, thread_));
       fetch(step.segments[s], head * shape_.head_dim);
     } else {
+      const int64_t piece = piece_rows(step);
+      const int64_t first = w_.shares.first_of(pieces_of(step, piece), thread_);
       for (const Segment& segment : step.segments)
-        fetch(segment,
-              w_.shares.first_of(pieces_of(segment.out_features()), thread_) * kRowsPerPiece);
+        fetch(segment, first * piece);
     }
   }
 
@@ -150,11 +168,8 @@ private:
     const auto* packed = std::get_if<PackedMatrix>(&segment.matrix);
     if (packed == nullptr)
       return;
-    const int64_t rows = std::min(kFetchedBytes / packed->row_stride() + 1, kRowsPerPiece);
-    const int64_t bytes = rows * packed->row_stride();
-    const uint8_t* weight = packed->weight + row * packed->row_stride();
-    for (int64_t b = 0; b < bytes; b += 64)
-      __builtin_prefetch(weight + b);
+    const int64_t left = (packed->out_features - row) * packed->row_stride();
+    prefetch_lines(packed->weight + row * packed->row_stride(), std::min(kFetchedBytes, left));
   }
 
   // ---- steps
@@ -251,7 +266,7 @@ private:
   // hidden += W x + bias, for the output and the down projection.
   void residual(const Step& step) {
     const Segment& segment = step.segments[0];
-    share_rows(segment.out_features(), [&](int64_t begin, int64_t end) {
+    share_rows(step, [&](int64_t begin, int64_t end) {
       if (!is_prepared_) {
         const float* input = w_.activation;
         if (step.kind == StepKind::output) {
@@ -272,7 +287,7 @@ private:
 
   void norm_gate_up(const Step& step) {
     const int64_t width = shape_.intermediate_size;
-    share_rows(width, [&](int64_t begin, int64_t end) {
+    share_rows(step, [&](int64_t begin, int64_t end) {
       prepare_norm(step, w_.hidden);
       multiply(step, 0, w_.activation, begin, end);
       multiply(step, 1, w_.rows_up, begin, end);
@@ -286,11 +301,16 @@ private:
   }
 
   void norm_head(const Step& step) {
-    share_rows(shape_.vocab_size, [&](int64_t begin, int64_t end) {
+    const int64_t vocabulary = shape_.vocab_size;
+    share_rows(step, [&](int64_t begin, int64_t end) {
       prepare_norm(step, w_.hidden);
-      multiply(step, 0, in_.out, begin, end);
-      for (int64_t m = 0; m < in_.rows; ++m)
-        finish(step.segments[0], in_.out + m * shape_.vocab_size, m, begin, end);
+      multiply(step, 0, logits_, begin, end);
+      for (int64_t m = 0; m < in_.rows; ++m) {
+        float* logits = logits_ + m * vocabulary;
+        finish(step.segments[0], logits, m, begin, end);
+        if (in_.tokens != nullptr) // while they are in the cache
+          own_.likeliest[m].join(Likeliest::of(logits, begin, end));
+      }
     });
   }
 
@@ -298,8 +318,10 @@ private:
     if (in_.tokens == nullptr)
       return;
     share(in_.rows, [&](int64_t m) {
-      const float* logits = in_.out + m * shape_.vocab_size;
-      in_.tokens[m] = std::max_element(logits, logits + shape_.vocab_size) - logits;
+      Likeliest all;
+      for (int thread = 0; thread < threads_; ++thread)
+        all.join(w_.threads[thread]->likeliest[m]);
+      in_.tokens[m] = all.token;
     });
   }
 
@@ -311,6 +333,7 @@ private:
   const KernelTable& table_;
   const MatvecKernel& matvec_;
   Workspace::Thread& own_;
+  float* const logits_;
   int index_ = 0;
   bool is_prepared_ = false;
   const float* input_ = nullptr;

@@ -23,7 +23,8 @@ int64_t widest_output(const plan::Plan& plan) {
 
 } // namespace
 
-Workspace::Workspace(const plan::Plan& plan, int64_t context) : steps_(int(plan.steps.size())) {
+Workspace::Workspace(const plan::Plan& plan, int64_t context)
+    : steps_(int(plan.steps.size())), vocab_size_(plan.shape.vocab_size) {
   const auto& shape = plan.shape;
   const MatvecKernel& matvec = kernels().matvec(shape.precision);
   int64_t widest_input = 0;
@@ -50,7 +51,13 @@ Workspace::Workspace(const plan::Plan& plan, int64_t context) : steps_(int(plan.
   rows_up = take<float>(at, kMaxRows * widest);
 }
 
-void Workspace::start(int threads_of_pass) {
+void Workspace::start(int threads_of_pass, int64_t logits_rows) {
+  const size_t logits_bytes = logits_rows * vocab_size_ * sizeof(float);
+  if (logits_.size < logits_bytes) {
+    logits_.allocate(logits_bytes);
+    logits = reinterpret_cast<float*>(logits_.data);
+  }
+
   while (int(threads.size()) < threads_of_pass) {
     auto thread = std::make_unique<Thread>();
     thread->memory.allocate(input_floats_ * sizeof(float) + 3 * prepared_bytes_ + 8 * kAlign);
@@ -64,7 +71,7 @@ void Workspace::start(int threads_of_pass) {
 }
 
 int64_t Workspace::bytes() const {
-  int64_t total = int64_t(shared_.size);
+  int64_t total = int64_t(shared_.size + logits_.size);
   for (const auto& thread : threads)
     total += int64_t(thread->memory.size);
   return total;

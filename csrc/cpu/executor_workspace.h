@@ -1,4 +1,4 @@
-// Memory of the passes of few rows, allocated before the first one.
+// Memory of the passes of few rows, allocated before the first of its kind.
 #pragma once
 
 #include <array>
@@ -8,6 +8,7 @@
 #include "../plan/plan.h"
 #include "aligned_memory.h"
 #include "executor_shares.h"
+#include "likeliest.h"
 
 namespace q4metal::cpu {
 
@@ -21,8 +22,9 @@ struct Workspace {
   // `context`: the largest position + 1. Throws std::bad_alloc.
   Workspace(const plan::Plan& plan, int64_t context);
 
-  // Before a pass: scratch for so many threads, and nothing taken of any step.
-  void start(int threads_of_pass);
+  // Before a pass: scratch for so many threads, logits of so many rows, and nothing taken of any
+  // step.
+  void start(int threads_of_pass, int64_t logits_rows);
 
   int64_t bytes() const;
 
@@ -31,20 +33,23 @@ struct Workspace {
   float* partial;            // attention's, a split each: [splits, heads, head_dim + 2]
   int64_t partial_stride;    // floats of one row's
   float *rows_out, *rows_up; // outputs of a matrix before they are used, by their own threads
+  float* logits = nullptr;   // where only the likeliest tokens are wanted
 
   // Scratch of one thread: the step's input, normalised and prepared for its matrices.
   struct Thread {
     AlignedMemory memory;
     float* input;
     std::array<std::byte*, 3> prepared;
+    std::array<Likeliest, plan::kMaxRows> likeliest; // of what it computed, by row
   };
   std::vector<std::unique_ptr<Thread>> threads;
 
   Shares shares;
 
 private:
-  AlignedMemory shared_;
+  AlignedMemory shared_, logits_;
   int steps_;
+  int64_t vocab_size_;
   size_t input_floats_ = 0, prepared_bytes_ = 0; // of a thread
 };
 

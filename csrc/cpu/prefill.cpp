@@ -7,6 +7,7 @@
 #include "aligned_memory.h"
 #include "embedding_row.h"
 #include "kernels.h"
+#include "likeliest.h"
 #include "threads.h"
 
 namespace q4metal::cpu {
@@ -344,7 +345,7 @@ private:
       return;
     for (int64_t m = 0; m < in_.out_rows; ++m) {
       const float* logits = in_.out + m * shape_.vocab_size;
-      in_.tokens[m] = std::max_element(logits, logits + shape_.vocab_size) - logits;
+      in_.tokens[m] = Likeliest::of(logits, 0, shape_.vocab_size).token;
     }
   }
 

@@ -1,7 +1,9 @@
 #include "threads.h"
 
 #include <pthread.h>
+#include <sched.h>
 
+#include <chrono>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -10,9 +12,11 @@
 namespace q4metal::cpu {
 namespace {
 
-// A token of a small model makes about 200 short calls: a worker that slept after each would pay
-// some 10 us of wake-up per call. It spins for about this many pauses (some 20 us) before it parks.
+// A worker that sleeps is late: waking it takes the caller 30 us and the worker another 40 (Zen 4,
+// a virtual machine). So it stays awake between two tokens, or two operators of a model's modules:
+// for so many pauses (some 20 us), then for so long as it lets others have the core.
 constexpr int kSpins = 1000;
+constexpr std::chrono::microseconds kYielding(500);
 
 // Between the steps of one token somebody is always about to arrive. With 1000 pauses 90 of 152
 // waits a token ended in the kernel, some 20 us each, and a second thread gained a third instead of
@@ -29,12 +33,19 @@ inline void pause() {
 
 // Returns once `value` differs from `old`.
 template <typename T> void wait_while(std::atomic<T>& value, T old, int spins = kSpins) {
+  const auto differs = [&] { return value.load(std::memory_order_acquire) != old; };
   for (int i = 0; i < spins; ++i) {
-    if (value.load(std::memory_order_acquire) != old)
+    if (differs())
       return;
     pause();
   }
-  while (value.load(std::memory_order_acquire) == old)
+  const auto end = std::chrono::steady_clock::now() + kYielding;
+  while (std::chrono::steady_clock::now() < end) {
+    if (differs())
+      return;
+    sched_yield();
+  }
+  while (!differs())
     value.wait(old, std::memory_order_acquire);
 }
 

@@ -24,7 +24,8 @@ struct TokenInputs {
   int64_t table_stride;
   const KvSlab* slabs;
   int64_t slab_blocks; // rows of every slab but the last
-  float* out;          // logits [out_rows, vocab_size] or, without a head, residual rows
+  float* out;          // logits [out_rows, vocab_size] or, without a head, residual rows; null if
+                       // only tokens are wanted of few rows
   int64_t out_rows;    // the last so many rows are given out
   int64_t* tokens;     // [out_rows], argmax; or null
 
@@ -43,11 +44,19 @@ struct TokenInputs {
               const float* values) const {
     const int64_t position = positions[m], dim = shape.head_dim;
     std::byte* start = block(shape, layer, part, head, m, position / plan::kBlockPositions);
-    with_type(shape.kv_dtype, [&]<typename T>() {
+    const auto narrowed = [&]<typename T>() {
       T* out = reinterpret_cast<T*>(start) + position % plan::kBlockPositions * dim;
       for (int64_t i = 0; i < dim; ++i)
         out[i] = narrow<T>(values[i]);
-    });
+    };
+    switch (shape.kv_dtype) {
+    case DType::f32:
+      return narrowed.template operator()<float>();
+    case DType::f16:
+      return narrowed.template operator()<Half>();
+    case DType::bf16:
+      return narrowed.template operator()<BFloat16>();
+    }
   }
 };
 

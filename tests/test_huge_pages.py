@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from torch_q4metal import huge_pages
+from torch_q4metal import huge_pages, mapped_file
 from torch_q4metal.checkpoint import Checkpoint
 from torch_q4metal.errors import CheckpointError
 from torch_q4metal.models import load_model
@@ -41,7 +41,7 @@ def test_tensors_are_the_files(tmp_path, monkeypatch):
     """Every tensor and the logits are the same bits, and no byte of the file is mapped."""
     tiny.write_tiny(tmp_path / "model", dtype=torch.float16, bits=4)
     mapped = load_model(tmp_path / "model")
-    monkeypatch.setattr(huge_pages, "_PIECE", 1000)
+    monkeypatch.setattr(mapped_file, "_PIECE", 1000)
     monkeypatch.setattr(huge_pages, "are_worthwhile", lambda size: True)
     read = load_model(tmp_path / "model")
     theirs = dict(mapped.state_dict())

@@ -4,11 +4,14 @@ Torch's Metal allocator rounds up: hundreds of buffers, or some of middling size
 gigabyte more than what lies in them. So all tensors together go into as few buffers as the device's
 limit allows, about equally large ones.
 
-Files are read into a staging buffer of at most 64 MB and copied from there. They are never mapped,
-so no page of theirs stays resident beside the copy, and a stage of a pipeline reads its own bytes
-only. safetensors can read a whole shard into Metal buffers that it makes itself, beside torch's
-allocator; it cannot do so for a part of a shard, nor on any machine but a Mac. One way that is
-right for all is worth more than the copy that it would save.
+Bytes of whole shards, or of a stage's parts of them, are read straight to where the GPU reads them,
+through torch's view of these buffers for the host. Where there is none, they pass through a staging
+buffer of at most 64 MB. Nothing is mapped, so no page of a file stays resident beside the copy.
+
+safetensors too reads a whole shard to there, with ``device="mps"``, but makes a buffer for each
+tensor, more than 700 for a model of 7B in 4 bits: 0.8.0 asks Metal for each of them, beside torch's
+allocator (``get_tensors_mps`` of its Rust bindings); before, torch copied each from a mapped file.
+It cannot put a file into one buffer, so what it does inside is done here for few.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .errors import MemoryLimitError
+from .host_view import host_view
 from .mapped_file import read_bytes
 from .safetensors_header import TensorInfo, printable
 from .tensor_layout import Place, aligned, arrange, buffer_sizes
@@ -35,7 +39,7 @@ class DeviceWeights:
     """The tensors ``names`` of a checkpoint, on ``device``.
 
     ``largest``  bytes that a buffer of the device may have; None asks torch
-    ``staging``  bytes of the memory between file and device
+    ``staging``  bytes of the memory between file and device, where one is needed
 
     Raises MemoryLimitError for a tensor that no buffer can hold, and CheckpointError for a file
     that cannot be read.
@@ -55,11 +59,14 @@ class DeviceWeights:
         _refuse_larger(infos, largest)
         self._places = arrange(infos, min(BUFFER_BYTES, largest - min(_ROUNDING, largest // 2)))
         sizes = buffer_sizes(self._places)
-        staged = torch.empty(min(staging, max(sizes, default=0)), dtype=torch.uint8)
         self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
         for number, buffer in enumerate(self.buffers):
             places = [place for place in self._places.values() if place.buffer == number]
-            _fill(buffer, places, staged)
+            with host_view(buffer) as memory:
+                if memory is not None:
+                    _read(memory, places)
+            if memory is None:
+                _stage(buffer, places, staging)
 
     def tensor(self, name: str) -> Tensor:
         """The tensor with the file's dtype; uint32 comes as int32, as from a checkpoint."""
@@ -87,8 +94,14 @@ def _refuse_larger(infos: dict[str, TensorInfo], largest: int) -> None:
             )
 
 
-def _fill(buffer: Tensor, places: list[Place], staged: Tensor) -> None:
+def _read(memory: memoryview, places: list[Place]) -> None:
+    for place in places:
+        read_bytes(place.info.file, place.info.begin, memory[place.begin : place.end])
+
+
+def _stage(buffer: Tensor, places: list[Place], size: int) -> None:
     """Reads a window of the buffer after the other from the files, and copies each at once."""
+    staged = torch.empty(min(size, len(buffer)), dtype=torch.uint8)
     memory: memoryview = staged.numpy().data
     for start in range(0, len(buffer), max(1, len(staged))):
         stop = min(len(buffer), start + len(staged))

@@ -29,7 +29,6 @@ from .tensor_layout import arrange, buffer_sizes
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _LEAST_BYTES = 32 << 20  # less stays in caches, or is soon read
 _SPARE = 1.25  # of the weights' size has to be free
-_PIECE = 64 << 20  # bytes between two looks at Ctrl-C
 
 
 class HugePageWeights:
@@ -42,11 +41,8 @@ class HugePageWeights:
         self._memory.madvise(mmap.MADV_HUGEPAGE)
         with memoryview(self._memory) as memory:
             for place in self._places.values():
-                info, begin = place.info, place.begin
-                for done in range(0, info.nbytes, _PIECE):
-                    count = min(_PIECE, info.nbytes - done)
-                    view = memory[begin + done : begin + done + count]
-                    read_bytes(info.file, info.begin + done, view)
+                info = place.info
+                read_bytes(info.file, info.begin, memory[place.begin : place.end])
 
     def tensor(self, name: str) -> Tensor:
         """The tensor with the file's dtype; uint32 comes as int32, as from a checkpoint."""

@@ -14,6 +14,8 @@ from torch import Tensor
 from .errors import CheckpointError
 from .safetensors_header import TensorInfo
 
+_PIECE = 64 << 20  # bytes between two looks at Ctrl-C
+
 
 @dataclass(frozen=True)
 class MappedBytes:
@@ -74,7 +76,7 @@ def read_bytes(file: Path, begin: int, view: memoryview) -> None:
         with file.open("rb", buffering=0) as stream:
             stream.seek(begin)
             while view:
-                count = stream.readinto(view)
+                count = stream.readinto(view[:_PIECE])
                 if not count:
                     raise _shortened(file)
                 view = view[count:]

@@ -6,7 +6,7 @@
 
 Everything is checked against the file headers before the module is touched: an error leaves it as
 it was. On the CPU tensors stay in the memory-mapped files, so a filled model takes what its files
-take; on a GPU they are copied once, and nothing of the files stays in memory.
+take; on a GPU they are read once, to there, and nothing of the files stays in memory.
 """
 
 from __future__ import annotations

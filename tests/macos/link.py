@@ -17,6 +17,7 @@ from macho import MachO
 
 ROOT, BUILD = cross_compiler.ROOT, cross_compiler.BUILD
 WHEELS = BUILD / "wheels"
+PRIVATE_NAMES = ("_mps_host_alias_storage", "_mps_maxBufferLength")
 
 
 class LinkError(RuntimeError):
@@ -84,6 +85,14 @@ def check_symbols(linked: MachO, torch: Path) -> int:
     return len(needed)
 
 
+def check_private_names(torch: Path) -> None:
+    """That torch on a Mac has what Python code takes of ``torch._C``, which promises nothing."""
+    content = (torch / "lib/libtorch_python.dylib").read_bytes()
+    missing = [name for name in PRIVATE_NAMES if b"\0%s\0" % name.encode() not in content]
+    if missing:
+        raise LinkError(f"torch._C has no {', '.join(missing)}")
+
+
 def known_messages(pyobjc: Path, mlx: Path) -> set[str]:
     """Objective-C messages that two independent lists have: pyobjc's metadata and metal-cpp."""
     with zipfile.ZipFile(pyobjc) as archive:
@@ -130,6 +139,7 @@ def main() -> None:
         wheel = download(requirement)
         torch = unpacked_torch(wheel)
         linked = MachO(build(torch))
+        check_private_names(torch)
         symbols, sent = check_symbols(linked, torch), check_messages(linked, messages)
         print(f"{wheel.name}: linked; {symbols} symbols and {sent} messages exist", flush=True)
 

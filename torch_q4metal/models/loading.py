@@ -50,10 +50,10 @@ def load_model(
     ``force``        loads it even if memory seems too small
     ``layers``       only these, for a pipeline stage: no other tensor's bytes are touched
 
-    On MPS the weights are copied once; on the CPU they stay in the mapped files or, on Linux with
-    memory enough, are read into huge pages. Raises ConfigError
-    and CheckpointError for what is wrong with the directory, MemoryLimitError if it would not fit,
-    Q4MetalError for a device that is not available.
+    On MPS the weights are read once, to there; on the CPU they stay in the mapped files or, on
+    Linux with memory enough, are read into huge pages. Raises ConfigError and CheckpointError for
+    what is wrong with the directory, MemoryLimitError if it would not fit, Q4MetalError for a
+    device that is not available.
     """
     place = resolve_device(device)
     precision = resolve_precision(dtype, precision)

@@ -45,7 +45,7 @@ at::Tensor on_cpu(const at::Tensor& t) {
 
 struct Uploads {
   std::mutex mutex;
-  int64_t largest = 0; // bytes
+  int64_t largest = 0, bytes = 0;
 
   static Uploads& instance() {
     static auto* uploads = new Uploads;
@@ -60,6 +60,7 @@ at::Tensor& copy_(at::Tensor& self, const at::Tensor& from, bool non_blocking) {
     auto& uploads = Uploads::instance();
     const std::lock_guard lock(uploads.mutex);
     uploads.largest = std::max(uploads.largest, int64_t(from.nbytes()));
+    uploads.bytes += int64_t(from.nbytes());
   }
   enqueue([to = self, from] { on_cpu(to).copy_(on_cpu(from)); });
   if (!is_inside && !non_blocking)
@@ -132,6 +133,13 @@ STANDIN_EXPORT int64_t standin_largest_upload() {
   auto& uploads = standin::Uploads::instance();
   const std::lock_guard lock(uploads.mutex);
   return uploads.largest;
+}
+
+// Bytes of all of them.
+STANDIN_EXPORT int64_t standin_uploaded() {
+  auto& uploads = standin::Uploads::instance();
+  const std::lock_guard lock(uploads.mutex);
+  return uploads.bytes;
 }
 
 // Names of the operators that ran on the CPU so far, one a line; valid until the next call.

@@ -47,7 +47,7 @@ class Result:
     probe_share: float  # decode_gb_s / read_probe_gb_s
     peak_rss_bytes: int
     gpu_bytes: int  # buffers of the GPU, as torch holds them after the runs; 0 on the CPU
-    peak_memory_bytes: int  # peak_rss_bytes + gpu_bytes
+    peak_memory_bytes: int  # of both, each byte once (memory.py)
     import_rss_bytes: int  # after importing torch, before anything else
     weight_bytes: int  # weights that one decoded token reads
     file_bytes: int  # all tensors of the checkpoint
@@ -123,7 +123,7 @@ def measure(
     from .decode_time import time_decoding
     from .hub import resolve_model
     from .machine import cpu_name, peak_rss
-    from .memory import gpu_bytes, kv_bytes_per_token
+    from .memory import gpu_bytes, kv_bytes_per_token, peak_memory
     from .pipeline import launch
     from .pipeline.handshake import Settings
 
@@ -153,6 +153,7 @@ def measure(
     tok_s = statistics.median(rate for _, rate in runs)
     weights = weight_bytes_per_token(model)
     peak, on_gpu = peak_rss(), gpu_bytes(model.device)
+    peak_with_gpu = peak_memory(model.device)
     probe = read_probe_gb_s(threads, model.device.type)  # last: it takes memory of its own
     return Result(
         model=path_or_id,
@@ -164,7 +165,7 @@ def measure(
         probe_share=weights * tok_s / batch / 1e9 / probe,
         peak_rss_bytes=peak,
         gpu_bytes=on_gpu,
-        peak_memory_bytes=peak + on_gpu,
+        peak_memory_bytes=peak_with_gpu,
         import_rss_bytes=import_rss,
         weight_bytes=weights,
         file_bytes=Checkpoint.open(path).weight_bytes,
@@ -215,7 +216,7 @@ def _print_table(result: Result) -> None:
     if of_gpu:
         rows += [
             ("buffers of the GPU", f"{result.gpu_bytes / 1e6:.0f} MB"),
-            ("peak RSS and these buffers", f"{result.peak_memory_bytes / 1e6:.0f} MB"),
+            ("peak memory with these buffers", f"{result.peak_memory_bytes / 1e6:.0f} MB"),
         ]
     for name, value in rows:
         table.add_row(name, value)

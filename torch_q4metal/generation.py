@@ -42,7 +42,7 @@ class GenerationResponse:
     prompt_tps         computed prompt tokens a second, up to the first token
     generation_tokens  tokens drawn so far, this one included
     generation_tps     tokens a second since the first token; 0 at the first
-    peak_memory        most bytes held so far: resident, and on MPS the GPU's buffers (memory.py)
+    peak_memory        most bytes held so far, on MPS with the GPU's buffers (memory.py)
     """
 
     text: str

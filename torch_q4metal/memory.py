@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import MemoryLimitError
-from .machine import peak_rss
+from .machine import peak_footprint, peak_rss
 
 if TYPE_CHECKING:
     import torch
@@ -116,9 +116,13 @@ def gpu_bytes(device: torch.device) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that this process has held so far: its largest resident size, to which the GPU's
-    buffers are added on MPS. What the system counts as both counts twice.
+    """Most bytes that this process has held so far, the GPU's buffers included.
+
+    With MPS what macOS counts, where it tells. The resident size and these buffers, added, would
+    count the weights twice: the host reads them to there.
     """
+    if device.type == "mps" and (peak := peak_footprint()):
+        return peak
     return peak_rss() + gpu_bytes(device)
 
 

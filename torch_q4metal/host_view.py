@@ -33,6 +33,7 @@ def _alias(buffer: Tensor) -> torch.UntypedStorage | None:
     try:
         alias = torch.mps._host_alias_storage(buffer.untyped_storage())
     except (AttributeError, RuntimeError, ValueError) as error:
-        logger.info("no view of GPU memory for the host: %s", error)
+        # Its text: a record that is kept would keep the error's frames, and so the buffer.
+        logger.info("no view of GPU memory for the host: %s", str(error))
         return None
     return alias if alias.nbytes() >= len(buffer) else None

@@ -46,6 +46,14 @@ template <Precision kPrecision> struct Avx512Matvec {
                   int64_t begin, int64_t end);
 };
 
+struct Avx512FastGemm {
+  static size_t prepared_bytes(const PackedMatrix& w, int64_t rows);
+  static void prepare(const PackedMatrix& w, const float* x, int64_t rows, int64_t first,
+                      int64_t last, std::byte* prepared);
+  static void run(const PackedMatrix& w, const float* x, const std::byte* prepared, int64_t rows,
+                  float* y, int64_t begin, int64_t end);
+};
+
 template <Precision kPrecision> struct Avx512Gemm {
   static size_t prepared_bytes(const PackedMatrix& w, int64_t rows);
   static void prepare(const PackedMatrix& w, const float* x, int64_t rows, int64_t first,

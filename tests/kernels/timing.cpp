@@ -92,7 +92,7 @@ struct Timing {
   double gemm(Precision p, int64_t rows, int threads) {
     const GemmKernel& kernel = table.gemm(p);
     const Prepared prepared(kernel.prepared_bytes(weights.matrices[0], rows));
-    constexpr int64_t kPiece = 48;
+    constexpr int64_t kPiece = 64; // as prompts do
     return best_seconds([&] {
       const PackedMatrix& w = matrix();
       parallel_pieces(threads, rows, kRowStep, [&](int64_t first, int64_t last) {

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import _extension, known_answers, ops, reference
 from .cache import BLOCK
+from .host_view import host_view
 from .known_answers import NORM_EPS, Material, relative_error
 from .model_formats import Format, LayerFormats, ModelFormats
 from .models.base import MATVEC_ROWS
@@ -61,6 +62,20 @@ def check_mps(formats: Iterable[Format] = (*FORMATS, *DENSE)) -> Iterator[Row]:
     for row in check_operators(torch.device("mps"), tuple(f for f in formats if f.bits)):
         yield Row(f"mps {row.name}", row.ok, row.text)
     yield from check_metal_plans(formats)
+
+
+def check_loading() -> Row:
+    """Whether the GPU sees what the host writes into its buffers, which is how weights are read."""
+    name = "mps loading"
+    written = torch.arange(1 << 16).to(torch.uint8)
+    buffer = torch.zeros(len(written), dtype=torch.uint8, device="mps")
+    with host_view(buffer) as memory:
+        if memory is None:
+            return Row(name, True, "through staging: torch gives the host no view of GPU memory")
+        memory[: len(written)] = written.numpy().data
+    if torch.equal(buffer.cpu(), written):
+        return Row(name, True, "weights are read straight into GPU memory")
+    return Row(name, False, "the GPU does not see what the host writes into its memory")
 
 
 def check_metal_plans(formats: Iterable[Format]) -> Iterator[Row]:

@@ -85,10 +85,11 @@ def kernel_checks() -> "Iterator[Row]":
     """Known-answer tests: of the CPU's kernels in use, and of the Metal kernels where MPS is."""
     import torch
 
-    from .device_check import check_cpu, check_mps
+    from .device_check import check_cpu, check_loading, check_mps
 
     yield from check_cpu()
     if torch.backends.mps.is_available():
+        yield check_loading()
         yield from check_mps()
 
 

@@ -1,5 +1,6 @@
 """Models on MPS: one copy of the weights in few buffers, read into them or through staging."""
 
+import contextlib
 import logging
 
 import pytest
@@ -7,7 +8,7 @@ import tiny
 import torch
 from sentence import assert_one_sentence
 
-from torch_q4metal import device_weights
+from torch_q4metal import device_check, device_weights
 from torch_q4metal.checkpoint import Checkpoint
 from torch_q4metal.device import resolve_device
 from torch_q4metal.device_weights import DeviceWeights
@@ -127,6 +128,17 @@ def test_the_device_has_finished_before_and_sees_it_afterwards(tmp_path, mac, mo
         torch.ones(4).to(MPS, non_blocking=True)
         with pytest.raises(AssertionError, match="synchronize first"):
             DeviceWeights(checkpoint, [name], MPS)
+
+
+def test_the_doctor_says_how(mac, way, monkeypatch):
+    row = device_check.check_loading()
+    assert row.ok
+    assert ("straight into GPU memory" if way == "read" else "through staging") in row.text
+    other = contextlib.nullcontext(memoryview(bytearray(1 << 16)))
+    monkeypatch.setattr(device_check, "host_view", lambda buffer: other)
+    row = device_check.check_loading()
+    assert not row.ok
+    assert "does not see" in row.text
 
 
 def test_staging_is_64_mb(tmp_path, mac, monkeypatch):

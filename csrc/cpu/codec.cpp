@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "float_types.h"
 #include "kernels.h"
@@ -56,7 +57,7 @@ void quantize_values(const T* values, int64_t in_features, int group_size, int b
 }
 
 // Rounds to S after the product and after the sum where the output has the scales' type.
-template <typename S, typename T, bool kOwnType>
+template <typename S, typename T>
 void dequantize_values(const PackedMatrix& w, int64_t row, T* out) {
   const uint8_t* packed = w.weight + row * w.row_stride();
   float codes[kCodesPerRun];
@@ -67,23 +68,8 @@ void dequantize_values(const PackedMatrix& w, int64_t row, T* out) {
     const float bias = widen_at(w.biases, w.scales_dtype, group);
     for (int i = 0; i < kCodesPerRun; ++i) {
       const float product = codes[i] * scale;
-      out[k + i] = narrow<T>((kOwnType ? rounded<S>(product) : product) + bias);
+      out[k + i] = narrow<T>((std::is_same_v<S, T> ? rounded<S>(product) : product) + bias);
     }
-  }
-}
-
-template <typename S>
-void dequantize_to(const PackedMatrix& w, int64_t row, DType out_dtype, void* out) {
-  const bool own = out_dtype == w.scales_dtype;
-  switch (out_dtype) {
-  case DType::f32:
-    return dequantize_values<S, float, false>(w, row, static_cast<float*>(out));
-  case DType::f16:
-    return own ? dequantize_values<S, Half, true>(w, row, static_cast<Half*>(out))
-               : dequantize_values<S, Half, false>(w, row, static_cast<Half*>(out));
-  case DType::bf16:
-    return own ? dequantize_values<S, BFloat16, true>(w, row, static_cast<BFloat16*>(out))
-               : dequantize_values<S, BFloat16, false>(w, row, static_cast<BFloat16*>(out));
   }
 }
 
@@ -100,30 +86,17 @@ void unpack_run(const uint8_t* row, int bits, int64_t first, float* codes) {
 }
 
 void dequantize_row(const PackedMatrix& w, int64_t row, DType out_dtype, void* out) {
-  switch (w.scales_dtype) {
-  case DType::f32:
-    return dequantize_to<float>(w, row, out_dtype, out);
-  case DType::f16:
-    return dequantize_to<Half>(w, row, out_dtype, out);
-  case DType::bf16:
-    return dequantize_to<BFloat16>(w, row, out_dtype, out);
-  }
+  with_type(w.scales_dtype, [&]<typename S>() {
+    with_type(out_dtype, [&]<typename T>() { dequantize_values<S>(w, row, static_cast<T*>(out)); });
+  });
 }
 
 void quantize_row(const void* values, DType dtype, int64_t in_features, int group_size, int bits,
                   uint32_t* weight, void* scales, void* biases) {
-  const auto as = [&]<typename T>() {
+  with_type(dtype, [&]<typename T>() {
     quantize_values(static_cast<const T*>(values), in_features, group_size, bits, weight,
                     static_cast<T*>(scales), static_cast<T*>(biases));
-  };
-  switch (dtype) {
-  case DType::f32:
-    return as.template operator()<float>();
-  case DType::f16:
-    return as.template operator()<Half>();
-  case DType::bf16:
-    return as.template operator()<BFloat16>();
-  }
+  });
 }
 
 } // namespace q4metal::cpu

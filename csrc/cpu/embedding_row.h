@@ -12,19 +12,11 @@ inline void embedding_row(const plan::Segment& table, int64_t id, float* out) {
   if (const auto* packed = std::get_if<PackedMatrix>(&table.matrix))
     return dequantize_row(*packed, id, DType::f32, out);
   const auto& dense = std::get<DenseMatrix>(table.matrix);
-  const auto widened = [&]<typename T>() {
+  with_type(dense.dtype, [&]<typename T>() {
     const T* row = static_cast<const T*>(dense.weight) + id * dense.in_features;
     for (int64_t k = 0; k < dense.in_features; ++k)
       out[k] = widen(row[k]);
-  };
-  switch (dense.dtype) {
-  case DType::f32:
-    return widened.template operator()<float>();
-  case DType::f16:
-    return widened.template operator()<Half>();
-  case DType::bf16:
-    return widened.template operator()<BFloat16>();
-  }
+  });
 }
 
 } // namespace q4metal::cpu

@@ -18,6 +18,18 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+// Calls body.operator()<T>(), T being the type of `dtype`.
+template <typename Body> void with_type(DType dtype, const Body& body) {
+  switch (dtype) {
+  case DType::f32:
+    return body.template operator()<float>();
+  case DType::f16:
+    return body.template operator()<Half>();
+  case DType::bf16:
+    return body.template operator()<BFloat16>();
+  }
+}
+
 inline float widen(float value) { return value; }
 
 inline float widen(BFloat16 value) { return std::bit_cast<float>(uint32_t(value.bits) << 16); }

@@ -44,19 +44,11 @@ struct TokenInputs {
               const float* values) const {
     const int64_t position = positions[m], dim = shape.head_dim;
     std::byte* start = block(shape, layer, part, head, m, position / plan::kBlockPositions);
-    const auto narrowed = [&]<typename T>() {
+    with_type(shape.kv_dtype, [&]<typename T>() {
       T* out = reinterpret_cast<T*>(start) + position % plan::kBlockPositions * dim;
       for (int64_t i = 0; i < dim; ++i)
         out[i] = narrow<T>(values[i]);
-    };
-    switch (shape.kv_dtype) {
-    case DType::f32:
-      return narrowed.template operator()<float>();
-    case DType::f16:
-      return narrowed.template operator()<Half>();
-    case DType::bf16:
-      return narrowed.template operator()<BFloat16>();
-    }
+    });
   }
 };
 

@@ -196,14 +196,7 @@ void dense_rows(const DenseMatrix& w, const float* x, int64_t rows, float* y, in
 
 void dense_matvec(const DenseMatrix& w, const float* x, int64_t rows, float* y, int64_t begin,
                   int64_t end) {
-  switch (w.dtype) {
-  case DType::f32:
-    return dense_rows<float>(w, x, rows, y, begin, end);
-  case DType::f16:
-    return dense_rows<Half>(w, x, rows, y, begin, end);
-  case DType::bf16:
-    return dense_rows<BFloat16>(w, x, rows, y, begin, end);
-  }
+  with_type(w.dtype, [&]<typename T>() { dense_rows<T>(w, x, rows, y, begin, end); });
 }
 
 } // namespace

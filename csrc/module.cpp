@@ -10,7 +10,23 @@
 #include "metal/bindings.h"
 #endif
 
+namespace {
+
+// For operators too: torch's own module translates with what is registered here.
+void translate(std::exception_ptr error) {
+  try {
+    if (error)
+      std::rethrow_exception(error);
+  } catch (const q4metal::cpu::UnknownKernels& unknown) {
+    const auto errors = pybind11::module_::import("torch_q4metal.errors");
+    PyErr_SetString(errors.attr("InstructionSetError").ptr(), unknown.what());
+  }
+}
+
+} // namespace
+
 PYBIND11_MODULE(_C, m) {
+  pybind11::register_exception_translator(translate);
   q4metal::plan::bind(m);
 #ifdef __APPLE__
   q4metal::mps::bind(m);

@@ -57,7 +57,8 @@ def refusal():
 def available():
     """The names that the error for an unknown one lists."""
     found = re.search(
-        r"ValueError: Q4METAL_CPU=none is not available here; this build and CPU have: (.*)",
+        r"InstructionSetError: Q4METAL_CPU=none is not available here; "
+        r"this build and CPU have: (.*)",
         refusal(),
     )
     assert found, refusal()

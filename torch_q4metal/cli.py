@@ -4,7 +4,6 @@ import os
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from .environment import CPU
 from .errors import Q4MetalError
 
 if TYPE_CHECKING:
@@ -46,8 +45,6 @@ def run(app: "typer.Typer") -> NoReturn:
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
         _exit_for_click(error)
-        if str(error).startswith(f"{CPU.name}="):  # of the extension, which has no errors of ours
-            _fail(str(error), EXIT_ERROR, debug)
         raise
 
 

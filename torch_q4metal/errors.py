@@ -32,5 +32,9 @@ class ContextLengthError(Q4MetalError):
     """A prompt is longer than the context that the model or the KV cache allows."""
 
 
+class InstructionSetError(Q4MetalError):
+    """``Q4METAL_CPU`` names kernels that this build does not have or this CPU can't run."""
+
+
 class PipelineError(Q4MetalError):
     """The ranks of a pipeline do not fit each other, or one of them cannot be reached."""

@@ -1,6 +1,5 @@
 // Picks the kernel table once, at first use.
 #include <cstdlib>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -46,8 +45,8 @@ const KernelTable& choose() {
       return *table;
     names += std::string(names.empty() ? "" : ", ") + table->name;
   }
-  throw std::invalid_argument("Q4METAL_CPU=" + std::string(forced) +
-                              " is not available here; this build and CPU have: " + names);
+  throw UnknownKernels("Q4METAL_CPU=" + std::string(forced) +
+                       " is not available here; this build and CPU have: " + names);
 }
 
 } // namespace

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
 
 #include "../matrix.h"
 #include "../precision.h"
@@ -122,8 +123,13 @@ extern const KernelTable avx2_kernels, avx512_kernels;
 extern const KernelTable neon_kernels;
 #endif
 
+// One sentence: Q4METAL_CPU names kernels that are not there. InstructionSetError in Python.
+struct UnknownKernels : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+
 // The table in use: Q4METAL_CPU if it is set, else the best that the CPU supports. Throws
-// std::invalid_argument with one sentence if Q4METAL_CPU names something that is not there.
+// UnknownKernels.
 const KernelTable& kernels();
 
 // Codes [first, first + 32) of a row as floats; first is a multiple of 32.

@@ -1,10 +1,11 @@
 """Slips planted in the host code of csrc/metal, each found by the tests in tests/macos."""
 
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -77,22 +78,34 @@ SLIPS = {
 }
 
 
-def run_with(file, test, text, slip):
-    """What pytest says of the test file with the slip in the host code."""
-    tests = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "--tb=line", "-k", "not smollm2", test],
-        env=os.environ | {"Q4METAL_SLIP": json.dumps([file, text, slip])},
-        cwd=MACOS, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return tests.stdout + tests.stderr
+def run_with(file, test, text, slip, output):
+    """Write what pytest says of the test file with the slip in the host code."""
+    os.environ["Q4METAL_SLIP"] = json.dumps([file, text, slip])
+    os.chdir(MACOS)
+    with output.open("w") as said, redirect_stdout(said), redirect_stderr(said):
+        pytest.main(["-x", "--tb=line", "-k", "not smollm2", test])
 
 
 @pytest.fixture(scope="module")
-def outputs():
-    """By name; two at a time, for most of it runs on one core. All share what has no slip."""
+def outputs(tmp_path_factory):
+    """By name; two at a time, for most of it runs on one core. All share what has no slip.
+
+    Each is a fork of a process that has imported torch and computed nothing.
+    """
     standin_build.build()
+    folder = tmp_path_factory.mktemp("slips")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "pytest"])
+
+    def run(number, slip):
+        output = folder / f"{number}.txt"
+        process = context.Process(target=run_with, args=(*slip, output))
+        process.start()
+        process.join()
+        return output.read_text()
+
     with ThreadPoolExecutor(2) as pool:
-        runs = pool.map(lambda slip: run_with(*slip), SLIPS.values())
+        runs = pool.map(run, range(len(SLIPS)), SLIPS.values())
         return dict(zip(SLIPS, runs, strict=True))
 
 

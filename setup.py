@@ -47,6 +47,8 @@ if MACHINE in ("x86_64", "amd64"):
         "csrc/cpu/avx2_int8_gemm.cpp",
         "csrc/cpu/avx512.cpp",
         "csrc/cpu/avx512_split.cpp",
+        "csrc/cpu/avx512_one_row.cpp",
+        "csrc/cpu/avx512_several_rows.cpp",
         "csrc/cpu/avx512_fast_gemm.cpp",
         "csrc/cpu/avx512_int8_gemm.cpp",
         "csrc/cpu/amx.cpp",

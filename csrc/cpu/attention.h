@@ -1,6 +1,6 @@
-// Softmax attention of a decoded token over one split of its context, and of a prompt's rows. In
-// blocks of the KV cache, whose products, maxima and sums have an order that does not depend on how
-// many queries go together, nor on the width of the machine's vectors.
+// Softmax attention of a decoded token over one split of its context, in blocks of the KV cache,
+// whose products, maxima and sums have an order that does not depend on how many queries go
+// together, nor on the width of the machine's vectors.
 #pragma once
 
 #include <algorithm>
@@ -155,158 +155,6 @@ template <typename T> void attend(const AttentionSplit& a) {
   }
 }
 
-// ---- attention of a prompt: many queries meet a block
-
-// The widest vectors of this instruction set, for what prompts need.
-#ifndef Q4_WIDE_BYTES
-#define Q4_WIDE_BYTES 32
-#endif
-typedef float WideVec __attribute__((vector_size(Q4_WIDE_BYTES), aligned(4)));
-constexpr int kWide = Q4_WIDE_BYTES / 4;
-
-Q4_INLINE WideVec load_wide(const float* p) { return *reinterpret_cast<const WideVec*>(p); }
-Q4_INLINE void store_wide(float* p, WideVec v) { *reinterpret_cast<WideVec*>(p) = v; }
-
-Q4_INLINE WideVec multiply_add_wide(WideVec a, WideVec b, WideVec c) {
-#if Q4_WIDE_BYTES == 64
-  return (WideVec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#else
-  return multiply_add(a, b, c);
-#endif
-}
-
-// Queries that meet a block's keys at a time, two vectors of them: twelve sums.
-constexpr int kRowQueries = 6;
-
-// Keys [count, dim] in float32 as columns [dim, kBlock], zeros behind the last.
-template <typename T>
-void widen_columns(const T* keys, int64_t dim, int64_t count, float* columns) {
-  std::fill(columns, columns + dim * kBlock, 0.0f);
-  for (int64_t p = 0; p < count; ++p)
-    for (int64_t i = 0; i < dim; ++i)
-      columns[i * kBlock + p] = widen(keys[p * dim + i]);
-}
-
-template <typename T> void widen_values(const T* values, int64_t count, float* to) {
-  int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth)
-    store(to + i, widen8(values + i));
-  for (; i < count; ++i)
-    to[i] = widen(values[i]);
-}
-
-// scores[q][p] for kQ queries; each product is one chain over dim.
-template <int kQ>
-Q4_INLINE void score_columns(const float* query, const float* columns, int64_t dim, float scale,
-                             float (*scores)[kBlock]) {
-  for (int first = 0; first < kBlock; first += 2 * kWide) {
-    WideVec sums[kQ][2] = {};
-    for (int64_t i = 0; i < dim; ++i) {
-      const WideVec a = load_wide(columns + i * kBlock + first);
-      const WideVec b = load_wide(columns + i * kBlock + first + kWide);
-      for (int q = 0; q < kQ; ++q) {
-        const WideVec x = WideVec{} + query[q * dim + i];
-        sums[q][0] = multiply_add_wide(a, x, sums[q][0]);
-        sums[q][1] = multiply_add_wide(b, x, sums[q][1]);
-      }
-    }
-    for (int q = 0; q < kQ; ++q)
-      for (int j = 0; j < 2; ++j)
-        store_wide(scores[q] + first + j * kWide, sums[q][j] * scale);
-  }
-}
-
-// Columns [first, first + kVectors * kWide) of out[q] = out[q] * rescale[q] + weights[q] . values.
-template <int kQ, int kVectors>
-Q4_INLINE void weigh_columns(const float (*weights)[kBlock], const float* rescale,
-                             const float* values, int64_t dim, int count, float* out,
-                             int64_t stride) {
-  WideVec sums[kQ][kVectors];
-  for (int q = 0; q < kQ; ++q)
-    for (int j = 0; j < kVectors; ++j)
-      sums[q][j] = load_wide(out + q * stride + j * kWide) * rescale[q];
-  for (int p = 0; p < count; ++p) {
-    WideVec v[kVectors];
-    for (int j = 0; j < kVectors; ++j)
-      v[j] = load_wide(values + p * dim + j * kWide);
-    for (int q = 0; q < kQ; ++q) {
-      const WideVec weight = WideVec{} + weights[q][p];
-      for (int j = 0; j < kVectors; ++j)
-        sums[q][j] = multiply_add_wide(v[j], weight, sums[q][j]);
-    }
-  }
-  for (int q = 0; q < kQ; ++q)
-    for (int j = 0; j < kVectors; ++j)
-      store_wide(out + q * stride + j * kWide, sums[q][j]);
-}
-
-// One block for kQ queries, of which each sees its first `counts` positions.
-template <int kQ>
-void attend_columns(const float* columns, const float* values, const float* query, int64_t dim,
-                    float scale, const int* counts, float* out) {
-  const int64_t stride = dim + 2;
-  const int most = *std::max_element(counts, counts + kQ);
-  alignas(64) float scores[kQ][kBlock];
-  float rescale[kQ];
-  score_columns<kQ>(query, columns, dim, scale, scores);
-  for (int q = 0; q < kQ; ++q)
-    rescale[q] = soften(scores[q], counts[q], out + q * stride + dim);
-  int64_t i = 0;
-  for (; i + 2 * kWide <= dim; i += 2 * kWide)
-    weigh_columns<kQ, 2>(scores, rescale, values + i, dim, most, out + i, stride);
-  for (; i + kWide <= dim; i += kWide)
-    weigh_columns<kQ, 1>(scores, rescale, values + i, dim, most, out + i, stride);
-  for (; i < dim; ++i)
-    for (int q = 0; q < kQ; ++q) {
-      float sum = out[q * stride + i] * rescale[q];
-      for (int p = 0; p < most; ++p)
-        sum += values[p * dim + i] * scores[q][p];
-      out[q * stride + i] = sum;
-    }
-}
-
-// Some rows of a prompt for the query heads of one KV head. A block is widened once for all.
-template <typename T> void attend_rows(const AttentionRows& a) {
-  const int64_t dim = a.head_dim, queries = a.rows * a.heads, end = a.first + a.rows;
-  float* const columns = a.scratch;
-  float* const values = columns + kBlock * dim;
-  float* const query = values + kBlock * dim;
-  float* const out = query + queries * dim;
-  for (int64_t r = 0; r < a.rows; ++r)
-    std::copy_n(a.queries + r * a.stride, a.heads * dim, query + r * a.heads * dim);
-  start_attention(out, queries, dim);
-  for (int64_t first = 0; first < end; first += kBlock) {
-    const int64_t size = std::min<int64_t>(kBlock, end - first);
-    widen_columns(static_cast<const T*>(a.key_block(a.context, first / kBlock)), dim, size,
-                  columns);
-    widen_values(static_cast<const T*>(a.value_block(a.context, first / kBlock)), size * dim,
-                 values);
-    int64_t q = 0;
-    const auto some = [&]<int kQ>() {
-      int counts[kQ];
-      for (int i = 0; i < kQ; ++i)
-        counts[i] = int(std::clamp<int64_t>(a.first + (q + i) / a.heads + 1 - first, 0, kBlock));
-      if (counts[kQ - 1] > 0) // later queries see more
-        attend_columns<kQ>(columns, values, query + q * dim, dim, a.scale, counts,
-                           out + q * (dim + 2));
-      q += kQ;
-    };
-    while (q + kRowQueries <= queries)
-      some.template operator()<kRowQueries>();
-    while (q + 2 <= queries)
-      some.template operator()<2>();
-    while (q < queries)
-      some.template operator()<1>();
-  }
-  for (int64_t q = 0; q < queries; ++q) {
-    const float* from = out + q * (dim + 2);
-    float* to = a.queries + q / a.heads * a.stride + q % a.heads * dim;
-    const float inverse = 1.0f / from[dim + 1];
-    for (int64_t i = 0; i < dim; ++i)
-      to[i] = from[i] * inverse;
-  }
-}
-
 void attention_split(const AttentionSplit& a) {
   switch (a.dtype) {
   case DType::f32:
@@ -315,17 +163,6 @@ void attention_split(const AttentionSplit& a) {
     return attend<Half>(a);
   case DType::bf16:
     return attend<BFloat16>(a);
-  }
-}
-
-void attention_rows(const AttentionRows& a) {
-  switch (a.dtype) {
-  case DType::f32:
-    return attend_rows<float>(a);
-  case DType::f16:
-    return attend_rows<Half>(a);
-  case DType::bf16:
-    return attend_rows<BFloat16>(a);
   }
 }
 

@@ -76,8 +76,11 @@ struct AttentionRows {
   const void* (*value_block)(const void* context, int64_t block);
   float* scratch; // scratch_floats(...)
 
+  static constexpr int64_t kMostLanes = 32; // queries that go together on any machine
+
   static int64_t scratch_floats(int64_t rows, int64_t heads, int64_t head_dim) {
-    return 2 * AttentionSplit::kBlockPositions * head_dim + rows * heads * (2 * head_dim + 2);
+    const int64_t queries = (rows * heads + kMostLanes - 1) / kMostLanes * kMostLanes;
+    return 2 * AttentionSplit::kBlockPositions * head_dim + queries * (2 * head_dim + 2);
   }
 };
 

@@ -1,8 +1,9 @@
-// The table of vector_math.h and attention.h. Every instruction set's file includes it, last, so
-// that it is compiled under that file's target.
+// The table of vector_math.h, attention.h and prompt_attention.h. Every instruction set's file
+// includes it, last, so that it is compiled under that file's target.
 #pragma once
 
 #include "attention.h"
+#include "prompt_attention.h"
 #include "vector_math.h"
 
 namespace q4metal::cpu {

@@ -97,31 +97,37 @@ template <typename T> Q4_INLINE Vec widen8(const T* p) {
 #endif
 }
 
+// Vectors of any size.
+template <int kBytes> struct Lanes {
+  typedef float Float __attribute__((vector_size(kBytes)));
+  typedef int32_t Int __attribute__((vector_size(kBytes)));
+};
+
 // e^x for x <= 0 or moderate x, relative error below 2e-7: 2^n times a polynomial on [-ln2/2,
 // ln2/2].
-Q4_INLINE Vec exp8(Vec x) {
-  const Vec low = splat(-87.0f), high = splat(88.0f);
+template <int kBytes>
+Q4_INLINE typename Lanes<kBytes>::Float exp_lanes(typename Lanes<kBytes>::Float x) {
+  using Float = typename Lanes<kBytes>::Float;
+  using Int = typename Lanes<kBytes>::Int;
+  const Float low = Float{} - 87.0f, high = Float{} + 88.0f;
   x = x < low ? low : x;
   x = x > high ? high : x;
-  const Vec shift = splat(12582912.0f); // 1.5 * 2^23: the sum's low bits are n
-  const Vec shifted = x * 1.44269504f + shift;
-  const Vec n = shifted - shift;
-  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f; // ln 2 in two parts
-  Vec p = splat(1.9875691500e-4f);
+  const Float shift = Float{} + 12582912.0f; // 1.5 * 2^23: the sum's low bits are n
+  const Float shifted = x * 1.44269504f + shift;
+  const Float n = shifted - shift;
+  const Float r = (x - n * 0.693359375f) + n * 2.12194440e-4f; // ln 2 in two parts
+  Float p = Float{} + 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = (p * r * r + r) + 1.0f;
-  IntVec exponent;
-  std::memcpy(&exponent, &shifted, sizeof exponent);
-  exponent = (exponent - 0x4b400000 + 127) << 23;
-  Vec power;
-  std::memcpy(&power, &exponent, sizeof power);
-  return p * power;
+  const Int exponent = ((Int)shifted - 0x4b400000 + 127) << 23;
+  return p * (Float)exponent;
 }
 
+Q4_INLINE Vec exp8(Vec x) { return exp_lanes<sizeof(Vec)>(x); }
 Q4_INLINE float exp1(float x) { return exp8(splat(x))[0]; }
 
 // out = gamma * x; returns 1 / rms(x). n of any size; the tail is one short vector.

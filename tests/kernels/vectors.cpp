@@ -108,6 +108,37 @@ void check_dense(const VectorKernels& kernels, DType dtype, int64_t columns, Ran
 // nothing was written to hold NaN.
 struct Context {
   std::vector<Bytes> keys, values;
+  std::vector<Floats> wide_keys, wide_values; // what they hold
+
+  Context(DType dtype, int64_t positions, int64_t dim, Random& random) {
+    constexpr int64_t kBlock = AttentionSplit::kBlockPositions;
+    for (int64_t first = 0; first < positions; first += kBlock) {
+      for (auto* to : {&wide_keys, &wide_values}) {
+        to->push_back(normal(kBlock * dim, random));
+        const int64_t written = std::min(kBlock, positions - first);
+        std::fill(to->back().get() + written * dim, to->back().get() + kBlock * dim,
+                  std::numeric_limits<float>::quiet_NaN());
+      }
+      keys.push_back(narrowed(wide_keys.back().get(), kBlock * dim, dtype));
+      values.push_back(narrowed(wide_values.back().get(), kBlock * dim, dtype));
+    }
+  }
+
+  // Softmax attention of one query to the first `positions`, added to `out` [dim].
+  void attend(const float* query, int64_t positions, int64_t dim, double scale, double* out) const {
+    constexpr int64_t kBlock = AttentionSplit::kBlockPositions;
+    std::vector<double> weights(positions);
+    double total = 0;
+    for (int64_t p = 0; p < positions; ++p) {
+      double score = 0;
+      for (int64_t i = 0; i < dim; ++i)
+        score += double(query[i]) * wide_keys[p / kBlock][p % kBlock * dim + i];
+      total += weights[p] = std::exp(score * scale);
+    }
+    for (int64_t p = 0; p < positions; ++p)
+      for (int64_t i = 0; i < dim; ++i)
+        out[i] += weights[p] / total * wide_values[p / kBlock][p % kBlock * dim + i];
+  }
 
   static const void* key_block(const void* context, int64_t block) {
     return static_cast<const Context*>(context)->keys[block].data();
@@ -127,35 +158,12 @@ void check_attention(const VectorKernels& kernels, const AttentionShape& s, Rand
                      Report& report) {
   constexpr int64_t kBlock = AttentionSplit::kBlockPositions;
   const int64_t blocks = (s.positions + kBlock - 1) / kBlock, dim = s.dim;
-  Context context;
-  std::vector<Floats> keys, values;
-  for (int64_t b = 0; b < blocks; ++b) {
-    for (auto* to : {&keys, &values}) {
-      to->push_back(normal(kBlock * dim, random));
-      const int64_t written = std::min(kBlock, s.positions - b * kBlock);
-      std::fill(to->back().get() + written * dim, to->back().get() + kBlock * dim,
-                std::numeric_limits<float>::quiet_NaN());
-    }
-    context.keys.push_back(narrowed(keys.back().get(), kBlock * dim, s.dtype));
-    context.values.push_back(narrowed(values.back().get(), kBlock * dim, s.dtype));
-  }
+  const Context context(s.dtype, s.positions, dim, random);
   const Floats query = normal(s.queries * dim, random);
   const float scale = 1.5f / std::sqrt(float(dim));
-
   std::vector<double> wanted(s.queries * dim);
-  for (int64_t q = 0; q < s.queries; ++q) {
-    std::vector<double> weights(s.positions);
-    double total = 0;
-    for (int64_t p = 0; p < s.positions; ++p) {
-      double score = 0;
-      for (int64_t i = 0; i < dim; ++i)
-        score += double(query[q * dim + i]) * keys[p / kBlock][p % kBlock * dim + i];
-      total += weights[p] = std::exp(score * scale);
-    }
-    for (int64_t p = 0; p < s.positions; ++p)
-      for (int64_t i = 0; i < dim; ++i)
-        wanted[q * dim + i] += weights[p] / total * values[p / kBlock][p % kBlock * dim + i];
-  }
+  for (int64_t q = 0; q < s.queries; ++q)
+    context.attend(query.get() + q * dim, s.positions, dim, scale, wanted.data() + q * dim);
 
   const int64_t stride = s.queries * (dim + 2);
   Floats partial = floats(s.splits * stride);
@@ -174,6 +182,42 @@ void check_attention(const VectorKernels& kernels, const AttentionShape& s, Rand
   report.check(error <= 2 * kBound, "attention of " + std::to_string(s.positions) +
                                         " positions, dim " + std::to_string(dim) + ": error " +
                                         number(error));
+}
+
+// Rows of a prompt that begin at position `first`: against float64, and a row alone.
+void check_prompt_attention(const VectorKernels& kernels, DType dtype, int64_t first, int64_t rows,
+                            int64_t heads, int64_t dim, Random& random, Report& report) {
+  const int64_t stride = (heads + 1) * dim, positions = first + rows; // a head of another KV head
+  const Context context(dtype, positions, dim, random);
+  const Floats queries = normal(rows * stride, random);
+  const float scale = 1.5f / std::sqrt(float(dim));
+  const auto run = [&](int64_t from, int64_t count) {
+    Floats x = floats(count * stride - dim);
+    std::copy_n(queries.get() + from * stride, count * stride - dim, x.get());
+    Floats scratch = floats(AttentionRows::scratch_floats(count, heads, dim));
+    kernels.attention_rows({x.get(), stride, count, heads, dim, first + from, scale, dtype,
+                            &context, Context::key_block, Context::value_block, scratch.get()});
+    return x;
+  };
+  const Floats got = run(0, rows);
+  std::vector<double> wanted(got.get(), got.get() + rows * stride - dim);
+  bool untouched = true;
+  for (int64_t m = 0; m < rows; ++m) {
+    std::fill_n(&wanted[m * stride], heads * dim, 0.0);
+    for (int64_t h = 0; h < heads; ++h)
+      context.attend(queries.get() + m * stride + h * dim, first + m + 1, dim, scale,
+                     &wanted[m * stride + h * dim]);
+    for (int64_t i = heads * dim; m + 1 < rows && i < stride; ++i)
+      untouched &= got[m * stride + i] == queries[m * stride + i];
+  }
+  const std::string name = "attention of " + std::to_string(rows) + " rows from " +
+                           std::to_string(first) + ", dim " + std::to_string(dim);
+  const double error = relative_error(got.get(), wanted.data(), rows * stride - dim);
+  report.check(error <= 2 * kBound, name + ": error " + number(error));
+  report.check(untouched, name + ": writes to another head");
+  const Floats alone = run(rows - 1, 1);
+  report.check(same_bits(alone.get(), got.get() + (rows - 1) * stride, heads * dim),
+               name + ": the last alone differs");
 }
 
 } // namespace
@@ -195,6 +239,11 @@ void check_vector_kernels(const KernelTable& table, Report& report) {
         check_attention(kernels,
                         {dtype, 1 + int64_t(random.below(7)), dim, positions, 1 + random.below(3)},
                         random, report);
+  for (const DType dtype : kDTypes)
+    for (const int64_t first : {0, 31, 64})
+      for (const int64_t dim : {64, 80, 128})
+        check_prompt_attention(kernels, dtype, first, 1 + random.below(40), 1 + random.below(7),
+                               dim, random, report);
   ++report.cases;
 }
 

@@ -69,7 +69,7 @@ constexpr GemmKernel gemm = {Gemm::prepared_bytes, Gemm::prepare, Gemm::run};
 constinit const KernelTable avx512_kernels = {
     "avx512",
     {exact_matvec, matvec<Precision::fast>, matvec<Precision::int8>},
-    {exact_gemm, gemm<Avx512FastGemm>, gemm<Avx512Gemm<Precision::int8>>},
+    {exact_gemm, gemm<Avx512FastGemm>, gemm<Avx512Int8Gemm>},
     gemm_transposed,
     vector_kernels};
 

@@ -5,9 +5,6 @@
 // added up in int32, and only their sum is scaled. It does not overflow, because no sum, nor a part
 // of one, is larger than the product of the euclidean norms of both rows (Cauchy, Schwarz), and the
 // scales are such that this is below 2^31. Relative rms error 3e-4, 4e-4 with outliers of 50 in x.
-#include <cmath>
-#include <limits>
-
 #include "avx512_gemm.h" // from here on everything compiles for AVX-512
 
 namespace q4metal::cpu {
@@ -24,9 +21,6 @@ constexpr int64_t kFeaturesAtATime = 192; // that use x while it is in the L2 ca
 constexpr float kXNorm = 23700.0f, kWNorm = 90000.0f;
 // And the largest of them: |scale| * 2^bits is at most 2.7 times the larger end of a group's range.
 constexpr float kWLargest = 12000.0f;
-
-// A block with nothing larger counts as zeros: the inverse of its scale could be infinite.
-constexpr float kSmallest = 0x1p-110f;
 
 // Blocks of about the same size, whole groups.
 int64_t block_of(const PackedMatrix& w) {
@@ -48,28 +42,7 @@ struct Quad {
   }
 };
 
-template <typename T> const T* after(const T* p, int64_t bytes) {
-  return reinterpret_cast<const T*>(reinterpret_cast<const std::byte*>(p) + bytes);
-}
-
 // ---- x
-
-// A block that holds NaN or infinity makes every result NaN: there is no scale for it.
-SplitScale scale_of(const float* x, int64_t columns) {
-  const float largest = largest_magnitude(x, columns);
-  if (!(largest <= std::numeric_limits<float>::max()))
-    return {std::numeric_limits<float>::quiet_NaN(), 0};
-  if (largest < kSmallest)
-    return {0, 0};
-  const __m512 inverse = _mm512_set1_ps(1 / largest);
-  __m512 squares = _mm512_setzero_ps();
-  for (int64_t k = 0; k < columns; k += kLanes) {
-    const __m512 v = _mm512_mul_ps(_mm512_loadu_ps(x + k), inverse);
-    squares = _mm512_fmadd_ps(v, v, squares);
-  }
-  const float range = kXNorm / std::sqrt(_mm512_reduce_add_ps(squares)); // of the largest
-  return {largest / range, range / largest};
-}
 
 // Columns [first, first + columns), a block, of four rows, of which `count` exist.
 template <int kCodesInByte>
@@ -80,7 +53,7 @@ void prepare_block(const PackedMatrix& w, const float* x, int64_t count, int64_t
   float* scales = const_cast<float*>(layout.scales(quad, first));
   for (int64_t r = 0; r < kQuad; ++r) {
     const float* row = x + std::min(r, count - 1) * w.in_features + first;
-    const SplitScale s = scale_of(row, columns);
+    const SplitScale s = scale_to_norm(row, columns, kXNorm);
     const __m512 inverse = _mm512_set1_ps(s.inverse);
     scales[r] = s.scale;
     for (int64_t k = 0; k < columns; k += kLanes) {
@@ -107,7 +80,7 @@ struct Group {
 
 Q4_INLINE __m512i in_both_halves(__m512 v) {
   const __m512i i = _mm512_cvtps_epi32(v);
-  return _mm512_mask_blend_epi16(0xaaaaaaaa, i, _mm512_slli_epi32(i, 16));
+  return pairs_of(i, i);
 }
 
 // The groups of a block and its scales.

@@ -10,13 +10,15 @@
 // order, four rows side by side.
 #pragma once
 
+#include <cmath>
+#include <limits>
+
 #include "avx512.h" // from here on everything compiles for AVX-512
 
 namespace q4metal::cpu {
 namespace {
 
 constexpr int kQuad = 4; // rows of x side by side
-constexpr int64_t kCodesAtATime = 128;
 
 // Which codes dwords hold. kCodes: in a dword of x; kCodesInByte: of W (fields_of).
 template <int kCodes, int kCodesInByte> struct Dwords {
@@ -29,7 +31,37 @@ template <int kCodes, int kCodesInByte> struct Dwords {
   }
 };
 
+// A block with nothing larger counts as zeros: the inverse of its scale could be infinite.
+constexpr float kSmallest = 0x1p-110f;
+
+template <typename T> const T* after(const T* p, int64_t bytes) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const std::byte*>(p) + bytes);
+}
+
+// The low halves of 32-bit lanes side by side: those of `first` below those of `second`.
+Q4_INLINE __m512i pairs_of(__m512i first, __m512i second) {
+  return _mm512_mask_blend_epi16(0xaaaaaaaa, first, _mm512_slli_epi32(second, 16));
+}
+
 // ---- x
+
+// For integers whose euclidean norm is `norm`, if rounding did not change it. Where x holds NaN or
+// infinity every result is NaN: there is no scale for it. `columns` is a multiple of 16.
+inline SplitScale scale_to_norm(const float* x, int64_t columns, float norm) {
+  const float largest = largest_magnitude(x, columns);
+  if (!(largest <= std::numeric_limits<float>::max()))
+    return {std::numeric_limits<float>::quiet_NaN(), 0};
+  if (largest < kSmallest)
+    return {0, 0};
+  const __m512 inverse = _mm512_set1_ps(1 / largest);
+  __m512 squares = _mm512_setzero_ps();
+  for (int64_t k = 0; k < columns; k += kLanes) {
+    const __m512 v = _mm512_mul_ps(_mm512_loadu_ps(x + k), inverse);
+    squares = _mm512_fmadd_ps(v, v, squares);
+  }
+  const float range = norm / std::sqrt(_mm512_reduce_add_ps(squares)); // of the largest
+  return {largest / range, range / largest};
+}
 
 // The codes of a row at `codes` as 16 dwords, interleaved so that `transpose` of four rows puts
 // dwords 4i to 4i + 3 of all four into vector i.

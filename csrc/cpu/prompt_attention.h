@@ -245,14 +245,7 @@ template <typename T> void attend_rows(const AttentionRows& a) {
 }
 
 void attention_rows(const AttentionRows& a) {
-  switch (a.dtype) {
-  case DType::f32:
-    return attend_rows<float>(a);
-  case DType::f16:
-    return attend_rows<Half>(a);
-  case DType::bf16:
-    return attend_rows<BFloat16>(a);
-  }
+  with_type(a.dtype, [&]<typename T>() { attend_rows<T>(a); });
 }
 
 } // namespace

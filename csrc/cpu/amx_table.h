@@ -7,29 +7,31 @@
 namespace q4metal::cpu {
 namespace {
 
-// What rows too few for tiles go to. int8 keeps its vectors: with one plane of x they are faster
-// than tiles at any number of rows (12 to 14 GB/s of weights against 10 at 8 rows of K = 3584).
-MatvecKernel few_rows;
+// What rows too few for tiles go to.
+MatvecKernel few_rows[kPrecisions];
 
+template <Precision kPrecision>
 constexpr MatvecKernel rows_kernel = {
     [](const PackedMatrix& w, int64_t rows) {
-      return rows < kFewestTileRows ? few_rows.prepared_bytes(w, rows) : tile_rows_bytes(w, rows);
+      return rows < kFewestTileRows ? few_rows[int(kPrecision)].prepared_bytes(w, rows)
+                                    : TileMatvec<kPrecision>::prepared_bytes(w, rows);
     },
     [](const PackedMatrix& w, const float* x, int64_t rows, std::byte* prepared) {
-      rows < kFewestTileRows ? few_rows.prepare(w, x, rows, prepared)
-                             : prepare_tile_rows(w, x, rows, prepared);
+      rows < kFewestTileRows ? few_rows[int(kPrecision)].prepare(w, x, rows, prepared)
+                             : TileMatvec<kPrecision>::prepare(w, x, rows, prepared);
     },
     [](const PackedMatrix& w, const std::byte* prepared, int64_t rows, float* y, int64_t begin,
        int64_t end) {
-      rows < kFewestTileRows ? few_rows.run(w, prepared, rows, y, begin, end)
-                             : run_tile_rows(w, prepared, rows, y, begin, end);
+      rows < kFewestTileRows ? few_rows[int(kPrecision)].run(w, prepared, rows, y, begin, end)
+                             : TileMatvec<kPrecision>::run(w, prepared, rows, y, begin, end);
     }};
 
 KernelTable with_tiles(const KernelTable& base, const char* name) {
-  few_rows = base.matvec(Precision::fast);
+  std::copy(base.matvec_of, base.matvec_of + kPrecisions, few_rows);
   KernelTable table = base;
   table.name = name;
-  table.matvec_of[int(Precision::fast)] = rows_kernel;
+  table.matvec_of[int(Precision::fast)] = rows_kernel<Precision::fast>;
+  table.matvec_of[int(Precision::int8)] = rows_kernel<Precision::int8>;
   table.gemm_of[int(Precision::fast)] = {packed_x_bytes, pack_x, run_gemm};
   table.gemm_of[int(Precision::int8)] = {packed_x_bytes, pack_x, run_gemm};
   return table;

@@ -62,9 +62,9 @@ public:
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(kTile) : "memory");
   }
 
-  // C[m][n] += sum over k of A[m][k] * B[k / 4][n][k % 4]: A unsigned bytes, B signed, C int32.
+  // C[m][n] += sum over k of A[m][k] * B[k / 4][n][k % 4]: A signed bytes, B unsigned, C int32.
   template <int kC, int kA, int kB> Q4_INLINE void dot_bytes() {
-    asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
+    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
   }
 
   // C[m][n] += sum over k of A[m][k] * B[k / 2][n][k % 2]: A and B bfloat16, C float32.
@@ -102,8 +102,8 @@ public:
       uint32_t sums[16];
       std::memcpy(sums, row<kC>(m), sizeof sums);
       for (int k = 0; k < shapes_.row_bytes[kA]; ++k) {
-        const int a = int(row<kA>(m)[k]);
-        const auto* b = reinterpret_cast<const int8_t*>(row<kB>(k / 4));
+        const int a = int8_t(row<kA>(m)[k]);
+        const uint8_t* b = row<kB>(k / 4);
         for (int n = 0; n < shapes_.row_bytes[kC] / 4; ++n)
           sums[n] += uint32_t(a * b[4 * n + k % 4]);
       }

@@ -126,40 +126,21 @@ template <int kBits> Q4_INLINE __m512i natural_bytes(const uint8_t* from, int co
   }
 }
 
-// One unit as bytes in byte_order.
-template <int kBits, int kGroup>
-Q4_INLINE void unpack_unit(const uint8_t* from, int count, uint8_t* to) {
-  if constexpr (kBits == 4) {
-    __m512i twice;
-    if constexpr (kGroup == 32)
-      twice = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 1, 0, 1, 2, 3, 2, 3),
-                                       _mm512_castsi256_si512(load_half(from, count / 2)));
-    else
-      twice = _mm512_broadcast_i64x4(load_half(from, 32));
-    const __m512i shifts = kGroup == 32 ? _mm512_setr_epi64(0, 0, 4, 4, 0, 0, 4, 4)
-                                        : _mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4);
-    _mm512_store_si512(to,
-                       _mm512_and_si512(_mm512_srlv_epi64(twice, shifts), _mm512_set1_epi8(15)));
-  } else {
-    _mm512_store_si512(to, natural_bytes<kBits>(from, count));
-  }
-}
-
 // Scales or biases [index, index + 16) in float32, zeros from `count` on.
-Q4_INLINE void widen_groups(const void* values, DType dtype, int64_t index, int64_t count,
-                            float* to) {
+Q4_INLINE __m512 widened_groups(const void* values, DType dtype, int64_t index, int64_t count) {
   const auto* from = static_cast<const std::byte*>(values) + index * size_of(dtype);
   const __mmask16 mask = first_lanes(count);
-  __m512 wide;
-  if (dtype == DType::f32) {
-    wide = _mm512_maskz_loadu_ps(mask, from);
-  } else {
-    const __m256i narrow = _mm256_maskz_loadu_epi16(mask, from);
-    wide = dtype == DType::f16
-               ? _mm512_cvtph_ps(narrow)
-               : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
-  }
-  _mm512_store_ps(to, wide);
+  if (dtype == DType::f32)
+    return _mm512_maskz_loadu_ps(mask, from);
+  const __m256i narrow = _mm256_maskz_loadu_epi16(mask, from);
+  return dtype == DType::f16
+             ? _mm512_cvtph_ps(narrow)
+             : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
+}
+
+Q4_INLINE void widen_groups(const void* values, DType dtype, int64_t index, int64_t count,
+                            float* to) {
+  _mm512_store_ps(to, widened_groups(values, dtype, index, count));
 }
 
 // ---- bfloat16
@@ -273,14 +254,6 @@ template <int kBits> inline void natural_bytes(const uint8_t* from, int count, u
     }
     to[i] = uint8_t(code & ((1 << kBits) - 1));
   }
-}
-
-template <int kBits, int kGroup>
-inline void unpack_unit(const uint8_t* from, int count, uint8_t* to) {
-  uint8_t natural[kUnit];
-  natural_bytes<kBits>(from, count, natural);
-  for (int i = 0; i < kUnit; ++i)
-    to[i] = natural[byte_order<kBits, kGroup>(i)];
 }
 
 inline void widen_groups(const void* values, DType dtype, int64_t index, int64_t count, float* to) {

@@ -83,8 +83,11 @@ struct Timing {
     return best_seconds([&] {
       const PackedMatrix& w = matrix();
       kernel.prepare(w, x, rows, prepared.data());
-      parallel_pieces(threads, w.out_features, 64, [&](int64_t begin, int64_t end) {
-        kernel.run(w, prepared.data(), rows, y, begin, end);
+      // As the executor shares them out: a part for each thread, in pieces of 64 features.
+      parallel_pieces(threads, threads, 1, [&](int64_t thread, int64_t) {
+        const int64_t last = w.out_features * (thread + 1) / threads;
+        for (int64_t n = w.out_features * thread / threads; n < last; n += 64)
+          kernel.run(w, prepared.data(), rows, y, n, std::min(n + 64, last));
       });
     });
   }
@@ -125,7 +128,7 @@ void time_table(const KernelTable& table, const TimingOptions& options) {
         continue;
       for (const int threads : {1, 2}) {
         std::printf("%-40s %-5s threads %d:", name_of(shape).c_str(), name_of(p), threads);
-        for (const int64_t rows : {1, 2, 4, 8, 128, 512}) {
+        for (const int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 128, 512}) {
           if (options.rows != 0 && rows != options.rows)
             continue;
           const bool few = rows <= kMaxMatvecRows;

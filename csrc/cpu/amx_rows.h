@@ -21,7 +21,7 @@
 namespace q4metal::cpu {
 namespace {
 
-constexpr int64_t kFewestTileRows = 3; // fewer are faster in vectors
+constexpr int64_t kFewestTileRows = 2; // a single one is faster in vectors
 constexpr int kMostRows = int(kMaxMatvecRows);
 
 template <int kBits, int kGroup, Precision kPrecision> class TileRows {

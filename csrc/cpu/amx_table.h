@@ -1,6 +1,7 @@
 // Puts the kernels on tiles into a table; what amx.cpp and amx_emulated.cpp share.
 #pragma once
 
+#include "amx_attention.h"
 #include "amx_gemm.h"
 #include "amx_rows.h"
 
@@ -34,6 +35,8 @@ KernelTable with_tiles(const KernelTable& base, const char* name) {
   table.matvec_of[int(Precision::int8)] = rows_kernel<Precision::int8>;
   table.gemm_of[int(Precision::fast)] = {packed_x_bytes, pack_x, run_gemm};
   table.gemm_of[int(Precision::int8)] = {packed_x_bytes, pack_x, run_gemm};
+  vector_attention_rows = base.vector.fast_attention_rows;
+  table.vector.fast_attention_rows = attend_rows;
   return table;
 }
 

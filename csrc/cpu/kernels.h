@@ -80,7 +80,9 @@ struct AttentionRows {
 
   static int64_t scratch_floats(int64_t rows, int64_t heads, int64_t head_dim) {
     const int64_t queries = (rows * heads + kMostLanes - 1) / kMostLanes * kMostLanes;
-    return 2 * AttentionSplit::kBlockPositions * head_dim + queries * (2 * head_dim + 2);
+    constexpr int64_t kAlignment = 16; // a kernel may begin on the next cache line
+    return 2 * AttentionSplit::kBlockPositions * head_dim + queries * (2 * head_dim + 2) +
+           kAlignment;
   }
 };
 
@@ -97,6 +99,8 @@ struct VectorKernels {
                        int64_t end);
   void (*attention_split)(const AttentionSplit& split);
   void (*attention_rows)(const AttentionRows& rows);
+  // The same for fast and int8: factors may be rounded to 16 bits.
+  void (*fast_attention_rows)(const AttentionRows& rows);
   // Joins partial results `stride` floats apart, in their order, to out [dim].
   void (*attention_combine)(const float* partial, int64_t splits, int64_t stride, int64_t dim,
                             float* out);

@@ -284,15 +284,16 @@ private:
   void attention(const Step& step) {
     const int64_t group = shape_.heads / shape_.kv_heads, dim = shape_.head_dim;
     const int64_t tiles = (in_.rows + tile_rows() - 1) / tile_rows();
+    const auto& attend = shape_.precision == Precision::exact ? table_.vector.attention_rows
+                                                              : table_.vector.fast_attention_rows;
     parallel(tiles * shape_.kv_heads, 1, [&](int64_t unit, int64_t, float* scratch) {
       // The last rows see most: they come first, so that no thread ends long after the others.
       const int64_t tile = tiles - 1 - unit / shape_.kv_heads, head = unit % shape_.kv_heads;
       const int64_t m = tile * tile_rows(), rows = std::min(tile_rows(), in_.rows - m);
       const BlockSource source{this, step.layer, head};
-      table_.vector.attention_rows({w_.queries + (m * shape_.heads + head * group) * dim,
-                                    shape_.heads * dim, rows, group, dim, in_.positions[m],
-                                    shape_.attention_scale, shape_.kv_dtype, &source, block_at<0>,
-                                    block_at<1>, scratch});
+      attend({w_.queries + (m * shape_.heads + head * group) * dim, shape_.heads * dim, rows, group,
+              dim, in_.positions[m], shape_.attention_scale, shape_.kv_dtype, &source, block_at<0>,
+              block_at<1>, scratch});
     });
   }
 

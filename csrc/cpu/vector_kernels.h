@@ -10,7 +10,8 @@ namespace q4metal::cpu {
 namespace {
 
 constexpr VectorKernels vector_kernels = {
-    norm_gamma, rope, swiglu, dense_matvec, attention_split, attention_rows, attention_combine};
+    norm_gamma,      rope,           swiglu,         dense_matvec,
+    attention_split, attention_rows, attention_rows, attention_combine};
 
 } // namespace
 } // namespace q4metal::cpu

@@ -12,6 +12,7 @@
 #include <arm_neon.h>
 #endif
 
+#include "exponential.h"
 #include "float_types.h"
 #include "kernels.h"
 
@@ -103,28 +104,11 @@ template <int kBytes> struct Lanes {
   typedef int32_t Int __attribute__((vector_size(kBytes)));
 };
 
-// e^x for x <= 0 or moderate x, relative error below 2e-7: 2^n times a polynomial on [-ln2/2,
-// ln2/2].
 template <int kBytes>
 Q4_INLINE typename Lanes<kBytes>::Float exp_lanes(typename Lanes<kBytes>::Float x) {
   using Float = typename Lanes<kBytes>::Float;
-  using Int = typename Lanes<kBytes>::Int;
-  const Float low = Float{} - 87.0f, high = Float{} + 88.0f;
-  x = x < low ? low : x;
-  x = x > high ? high : x;
-  const Float shift = Float{} + 12582912.0f; // 1.5 * 2^23: the sum's low bits are n
-  const Float shifted = x * 1.44269504f + shift;
-  const Float n = shifted - shift;
-  const Float r = (x - n * 0.693359375f) + n * 2.12194440e-4f; // ln 2 in two parts
-  Float p = Float{} + 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = (p * r * r + r) + 1.0f;
-  const Int exponent = ((Int)shifted - 0x4b400000 + 127) << 23;
-  return p * (Float)exponent;
+  return exponential<Float, typename Lanes<kBytes>::Int>(
+      x, [](Float a, Float b, Float c) __attribute__((always_inline)) { return a * b + c; });
 }
 
 Q4_INLINE Vec exp8(Vec x) { return exp_lanes<sizeof(Vec)>(x); }

@@ -17,6 +17,7 @@ double relative_error(const float* got, const double* wanted, int64_t count) {
 }
 
 constexpr double kBound = 1e-6;
+constexpr double kFastBound = 2e-5; // of attention with factors of 16 bits: 2^-16 and a little more
 
 Floats normal(int64_t count, Random& random) {
   Floats x = floats(count);
@@ -185,8 +186,9 @@ void check_attention(const VectorKernels& kernels, const AttentionShape& s, Rand
 }
 
 // Rows of a prompt that begin at position `first`: against float64, and a row alone.
-void check_prompt_attention(const VectorKernels& kernels, DType dtype, int64_t first, int64_t rows,
-                            int64_t heads, int64_t dim, Random& random, Report& report) {
+void check_prompt_attention(void (*attend)(const AttentionRows&), double bound, DType dtype,
+                            int64_t first, int64_t rows, int64_t heads, int64_t dim, Random& random,
+                            Report& report) {
   const int64_t stride = (heads + 1) * dim, positions = first + rows; // a head of another KV head
   const Context context(dtype, positions, dim, random);
   const Floats queries = normal(rows * stride, random);
@@ -195,8 +197,8 @@ void check_prompt_attention(const VectorKernels& kernels, DType dtype, int64_t f
     Floats x = floats(count * stride - dim);
     std::copy_n(queries.get() + from * stride, count * stride - dim, x.get());
     Floats scratch = floats(AttentionRows::scratch_floats(count, heads, dim));
-    kernels.attention_rows({x.get(), stride, count, heads, dim, first + from, scale, dtype,
-                            &context, Context::key_block, Context::value_block, scratch.get()});
+    attend({x.get(), stride, count, heads, dim, first + from, scale, dtype, &context,
+            Context::key_block, Context::value_block, scratch.get()});
     return x;
   };
   const Floats got = run(0, rows);
@@ -213,7 +215,7 @@ void check_prompt_attention(const VectorKernels& kernels, DType dtype, int64_t f
   const std::string name = "attention of " + std::to_string(rows) + " rows from " +
                            std::to_string(first) + ", dim " + std::to_string(dim);
   const double error = relative_error(got.get(), wanted.data(), rows * stride - dim);
-  report.check(error <= 2 * kBound, name + ": error " + number(error));
+  report.check(error <= bound, name + ": error " + number(error));
   report.check(untouched, name + ": writes to another head");
   const Floats alone = run(rows - 1, 1);
   report.check(same_bits(alone.get(), got.get() + (rows - 1) * stride, heads * dim),
@@ -241,9 +243,13 @@ void check_vector_kernels(const KernelTable& table, Report& report) {
                         random, report);
   for (const DType dtype : kDTypes)
     for (const int64_t first : {0, 31, 64})
-      for (const int64_t dim : {64, 80, 128})
-        check_prompt_attention(kernels, dtype, first, 1 + random.below(40), 1 + random.below(7),
+      for (const int64_t dim : {64, 80, 128}) {
+        const int64_t rows = 1 + random.below(40), heads = 1 + random.below(7);
+        check_prompt_attention(kernels.attention_rows, 2 * kBound, dtype, first, rows, heads, dim,
+                               random, report);
+        check_prompt_attention(kernels.fast_attention_rows, kFastBound, dtype, first, rows, heads,
                                dim, random, report);
+      }
   ++report.cases;
 }
 

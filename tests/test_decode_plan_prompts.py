@@ -4,7 +4,7 @@ import signal
 
 import pytest
 import torch
-from plan_models import BOUND, KV_BOUND, MODELS, PRECISIONS, difference, keys_values, load
+from plan_models import KV_BOUND, MODELS, PRECISIONS, PROMPT_BOUND, difference, keys_values, load
 
 from torch_q4metal import decode, ops
 
@@ -25,7 +25,7 @@ def test_prompts_equal_the_modules(tmp_path, name, precision):
         for count in lengths:
             part = ids[done : done + count]
             expected = model(torch.tensor([part]), [eager], logits_to_keep=1)[0]
-            assert difference(plan.prefill(part, planned), expected) < BOUND[precision]
+            assert difference(plan.prefill(part, planned), expected) < PROMPT_BOUND[precision]
             place = done, done + count
             own, theirs = keys_values(planned, *place), keys_values(eager, *place)
             assert difference(own, theirs) < KV_BOUND[precision]

@@ -1,5 +1,5 @@
 // The decode plan: what one token does to a model, as a list of steps. It is built once and
-// executed once a token, by cpu/executor.cpp here. A step names the buffers that it reads and
+// executed once a token, by cpu/executor_pass.cpp here. A step names the buffers that it reads and
 // writes; from these declarations alone `place_barriers` decides where all threads (or a GPU) must
 // wait.
 #pragma once

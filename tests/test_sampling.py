@@ -11,10 +11,12 @@ from sentence import assert_one_sentence
 from torch_q4metal.errors import Q4MetalError
 from torch_q4metal.sampling import (
     SamplingParams,
+    apply_filters,
     apply_min_p,
     apply_top_k,
     apply_top_p,
     greedy,
+    likeliest_tokens,
     make_logits_processors,
     make_sampler,
 )
@@ -99,6 +101,44 @@ def test_the_nucleus_is_the_smallest_that_reaches_top_p(logits, top_p):
 def test_a_nucleus_beyond_the_first_guess_is_found():
     logprobs = torch.log_softmax(torch.randn(5000) * 0.01, -1)
     assert 4400 < len(kept(apply_top_p(logprobs, 0.9))) < 4600
+
+
+@given(
+    logits=st.lists(st.sampled_from([-3.0, 0.0, 0.5, 0.5001, 2.0, 7.0]), min_size=1, max_size=40),
+    top_p=st.sampled_from([0.0, 0.1, 0.7, 0.95, 1.0]),
+    min_p=st.sampled_from([0.0, 0.05, 0.9]),
+    top_k=st.integers(0, 41),
+)
+def test_tokens_to_draw_from_are_what_the_filters_leave(logits, top_p, min_p, top_k):
+    """Of log-probabilities and of logits; of equals at top_k's end, as many."""
+    logits = torch.tensor(logits)
+    logprobs = torch.log_softmax(logits, -1)
+    expected = kept(apply_filters(logprobs, top_p, min_p, top_k))
+    for values in (logits, logprobs):
+        best, ids = likeliest_tokens(values, top_p, min_p, top_k)
+        ids = list(range(len(values))) if ids is None else ids.tolist()
+        assert torch.equal(best, values[ids])
+        assert sorted(logits[ids].tolist()) == sorted(logits[list(expected)].tolist())
+
+
+def test_many_tokens_to_draw_from_are_all_found():
+    logits = torch.randn(5000) * 0.01
+    expected = kept(apply_filters(torch.log_softmax(logits, -1), 0.9, 0.0, 0))
+    assert set(likeliest_tokens(logits, 0.9, 0.0, 0)[1].tolist()) == expected
+    sampler = make_sampler(1.0, 0.9, seed=5)
+    assert set(drawn(sampler, logits, 500)) <= expected
+    assert len(set(drawn(sampler, logits, 500))) > 400
+
+
+def test_only_tokens_with_a_probability_are_drawn():
+    nothing = torch.full((4,), -math.inf)
+    masked = nothing.clone()
+    masked[2] = -5.0
+    assert set(drawn(make_sampler(1.0), masked)) == {2}
+    for logits in (nothing, torch.full((4,), math.nan)):
+        with pytest.raises(Q4MetalError) as error:
+            make_sampler(1.0)(logits)
+        assert_one_sentence(error.value, "4 logits", "precision='exact'")
 
 
 def test_min_p_and_top_k():

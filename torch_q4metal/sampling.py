@@ -85,18 +85,72 @@ def make_sampler(
     """A sampler with mlx-lm's arguments; 0 switches a filter off. It keeps its own random state."""
     if temp == 0:
         return greedy
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
+    return FilteredSampler(temp, top_p, min_p, top_k, seed)
+
+
+class FilteredSampler:
+    """Draws among the tokens that the filters leave, with a random state of its own.
+
+    It takes log-probabilities or logits [V] f32: what all tokens have in common changes nothing.
+    Of 150,000 tokens that takes 0.7 ms; to fill in and weigh all of them took 6 to 24.
+    """
+
+    def __init__(
+        self, temperature: float, top_p: float, min_p: float, top_k: int, seed: int | None
+    ) -> None:
+        self._temperature = temperature
+        self._filters = top_p, min_p, top_k
+        self._generator = torch.Generator()
+        if seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(seed % (1 << 63))
+
+    def __call__(self, logits: Tensor) -> int:
+        values, ids = likeliest_tokens(logits.cpu(), *self._filters)
+        weights = ((values - values.max()) / self._temperature).exp()
+        cumulative = weights.double().cumsum(0)
+        if not float(cumulative[-1]) > 0:
+            raise Q4MetalError(
+                f"no token can be drawn of {len(logits)} logits that are NaN or -inf; look at the "
+                "sampler's and the processors' settings, or load the model with precision='exact'."
+            )
+        place = torch.rand(1, generator=self._generator, dtype=torch.float64) * cumulative[-1]
+        index = int(torch.searchsorted(cumulative, place, right=True))
+        if index == len(cumulative):  # the product was rounded up to the whole
+            index = int(torch.searchsorted(cumulative, cumulative[-1:]))
+        return index if ids is None else int(ids[index])
+
+
+def likeliest_tokens(
+    logits: Tensor, top_p: float, min_p: float, top_k: int
+) -> tuple[Tensor, Tensor | None]:
+    """What ``apply_filters`` leaves of logits [V]: values in falling order, and their tokens.
+
+    Tokens are None, and the values as they came, if all filters are off.
+    """
+    size = len(logits)
+    if 0 < top_k < size:
+        counts = [top_k]
+    elif 0 < top_p < 1 or min_p > 0:
+        counts = [min(_NUCLEUS_GUESS, size), size]
     else:
-        generator.manual_seed(seed % (1 << 63))
-
-    def sample(logprobs: Tensor) -> int:
-        logprobs = apply_filters(logprobs, top_p, min_p, top_k)
-        probabilities = torch.softmax(logprobs.double().cpu() / temp, -1)
-        return int(torch.multinomial(probabilities, 1, generator=generator))
-
-    return sample
+        return logits, None
+    for count in counts:
+        best, ids = logits.topk(count)
+        keep = best == best
+        if 0 < top_p < 1:
+            total = (logits - best[0]).exp().sum(dtype=torch.float64)
+            weights = (best - best[0]).double().exp()
+            above = weights.cumsum(0) - weights
+            inside = int((above < top_p * total).sum())
+            keep &= best >= best[max(inside, 1) - 1]
+        if min_p > 0:
+            keep &= best >= best[0] + math.log(min_p)
+        kept = int(keep.sum())
+        if kept < count:
+            break
+    return best[:kept], ids[:kept]
 
 
 def make_logits_processors(

@@ -92,7 +92,8 @@ def test_three_processes(tmp_path):
             assert found.split(":")[0] == LOOPBACK
         with pytest.raises(PipelineError, match="does not take this rank's key"):
             ZmqTransport(2, 3, ranks.address, new_key(), join_timeout=20)
-        ranks.wait_for(0, "refused a connection from 127.0.0.1: it has another key or none")
+        # Its address is part of it unless libzmq closed the connection before it could be read.
+        ranks.wait_for(0, ": it has another key or none")
         ranks.start(2)
         session = open_session(
             ModelOptions(str(path)), SamplingOptions(), max_tokens=12, quiet=True

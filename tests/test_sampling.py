@@ -135,10 +135,12 @@ def test_only_tokens_with_a_probability_are_drawn():
     masked = nothing.clone()
     masked[2] = -5.0
     assert set(drawn(make_sampler(1.0), masked)) == {2}
-    for logits in (nothing, torch.full((4,), math.nan)):
-        with pytest.raises(Q4MetalError) as error:
-            make_sampler(1.0)(logits)
-        assert_one_sentence(error.value, "4 logits", "precision='exact'")
+    samplers = make_sampler(1.0), make_sampler(1.0, 0.9), make_sampler(1.0, min_p=0.1, top_k=2)
+    for sampler in samplers:
+        for logits in (nothing, torch.full((4,), math.nan)):
+            with pytest.raises(Q4MetalError) as error:
+                sampler(logits)
+            assert_one_sentence(error.value, "4 logits", "precision='exact'")
 
 
 def test_min_p_and_top_k():

@@ -138,19 +138,26 @@ def likeliest_tokens(
         return logits, None
     for count in counts:
         best, ids = logits.topk(count)
-        keep = best == best
+        kept = count
         if 0 < top_p < 1:
             total = (logits - best[0]).exp().sum(dtype=torch.float64)
-            weights = (best - best[0]).double().exp()
-            above = weights.cumsum(0) - weights
-            inside = int((above < top_p * total).sum())
-            keep &= best >= best[max(inside, 1) - 1]
+            inside = _nucleus_size((best - best[0]).double().exp(), total, top_p)
+            kept = min(kept, int((best >= best[inside - 1]).sum()))
         if min_p > 0:
-            keep &= best >= best[0] + math.log(min_p)
-        kept = int(keep.sum())
+            kept = min(kept, int((best >= best[0] + math.log(min_p)).sum()))
         if kept < count:
             break
+    kept = max(kept, 1)  # no NaN passes a filter; the first one tells that there are some
     return best[:kept], ids[:kept]
+
+
+def _nucleus_size(weights: Tensor, total: Tensor, top_p: float) -> int:
+    """How many tokens, likeliest first, it takes to have ``top_p`` of the ``total`` weight.
+
+    ``weights`` f64 [N] are those of the likeliest tokens; N if they do not reach it.
+    """
+    above = weights.cumsum(0) - weights
+    return max(int((above < top_p * total).sum()), 1)
 
 
 def make_logits_processors(
@@ -197,12 +204,10 @@ def apply_top_p(logprobs: Tensor, top_p: float) -> Tensor:
     total = logprobs.double().exp().sum()  # in f32 the tail of a large vocabulary rounds away
     for count in (_NUCLEUS_GUESS, logprobs.shape[0]):
         best = logprobs.topk(min(count, logprobs.shape[0])).values
-        probabilities = best.double().exp()
-        above = probabilities.cumsum(0) - probabilities
-        kept = int((above < top_p * total).sum())
+        kept = _nucleus_size(best.double().exp(), total, top_p)
         if kept < best.shape[0]:
             break
-    return logprobs.masked_fill(logprobs < best[max(kept, 1) - 1], -math.inf)
+    return logprobs.masked_fill(logprobs < best[kept - 1], -math.inf)
 
 
 def apply_min_p(logprobs: Tensor, min_p: float) -> Tensor:

@@ -5,6 +5,9 @@
 // added up in int32, and only their sum is scaled. It does not overflow, because no sum, nor a part
 // of one, is larger than the product of the euclidean norms of both rows (Cauchy, Schwarz), and the
 // scales are such that this is below 2^31. Relative rms error 3e-4, with outliers of 50 in x too.
+#include <cmath>
+#include <limits>
+
 #include "avx512_gemm.h" // from here on everything compiles for AVX-512
 
 namespace q4metal::cpu {
@@ -44,6 +47,37 @@ struct Quad {
 
 // ---- x
 
+// For integers whose euclidean norm is `norm`, if rounding did not change it. Where x holds NaN or
+// infinity every result is NaN: there is no scale for it. `columns` is a multiple of 16.
+SplitScale scale_to_norm(const float* x, int64_t columns, float norm) {
+  const float largest = largest_magnitude(x, columns);
+  if (!(largest <= std::numeric_limits<float>::max()))
+    return {std::numeric_limits<float>::quiet_NaN(), 0};
+  if (largest < kSmallest)
+    return {0, 0};
+  const __m512 inverse = _mm512_set1_ps(1 / largest);
+  __m512 squares = _mm512_setzero_ps();
+  for (int64_t k = 0; k < columns; k += kLanes) {
+    const __m512 v = _mm512_mul_ps(_mm512_loadu_ps(x + k), inverse);
+    squares = _mm512_fmadd_ps(v, v, squares);
+  }
+  const float range = norm / std::sqrt(_mm512_reduce_add_ps(squares)); // of the largest
+  return {largest / range, range / largest};
+}
+
+// 32 codes of a row at `codes` as 16 dwords, interleaved so that `transpose` of four rows puts
+// dwords 4i to 4i + 3 of all four into vector i.
+template <int kCodesInByte> Q4_INLINE __m512i dwords_of(const int16_t* codes) {
+  alignas(64) static constexpr auto kOrder = [] {
+    std::array<int16_t, 32> order{};
+    for (int i = 0; i < 32; ++i)
+      order[i] =
+          int16_t(Dwords<kCodes, kCodesInByte>::code_at(interleaved(i / kCodes), i % kCodes));
+    return order;
+  }();
+  return _mm512_permutexvar_epi16(load(kOrder.data()), load(codes));
+}
+
 // Columns [first, first + columns), a block, of four rows, of which `count` exist.
 template <int kCodesInByte>
 void prepare_block(const PackedMatrix& w, const float* x, int64_t count, int64_t first,
@@ -61,8 +95,15 @@ void prepare_block(const PackedMatrix& w, const float* x, int64_t count, int64_t
       _mm256_store_si256(reinterpret_cast<__m256i*>(codes[r] + k), _mm512_cvtepi32_epi16(v));
     }
   }
-  interleave_rows<kCodes, kCodesInByte>(codes, columns,
-                                        const_cast<int32_t*>(layout.codes(quad, first)));
+  auto* out = const_cast<int32_t*>(layout.codes(quad, first));
+  for (int64_t k = 0; k < columns; k += kLanes * kCodes) {
+    __m512i v[kQuad];
+    for (int r = 0; r < kQuad; ++r)
+      v[r] = dwords_of<kCodesInByte>(codes[r] + k);
+    transpose<kQuad>(v);
+    for (int i = 0; i < kQuad; ++i, out += kLanes)
+      store(out, v[i]);
+  }
 }
 
 // ---- W

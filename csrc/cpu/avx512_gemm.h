@@ -10,15 +10,13 @@
 // order, four rows side by side.
 #pragma once
 
-#include <cmath>
-#include <limits>
-
 #include "avx512.h" // from here on everything compiles for AVX-512
 
 namespace q4metal::cpu {
 namespace {
 
-constexpr int kQuad = 4; // rows of x side by side
+constexpr int kQuad = 4;              // rows of x side by side
+constexpr int64_t kWidestBlock = 640; // columns that either expands at a time
 
 // Which codes dwords hold. kCodes: in a dword of x; kCodesInByte: of W (fields_of).
 template <int kCodes, int kCodesInByte> struct Dwords {
@@ -41,66 +39,6 @@ template <typename T> const T* after(const T* p, int64_t bytes) {
 // The low halves of 32-bit lanes side by side: those of `first` below those of `second`.
 Q4_INLINE __m512i pairs_of(__m512i first, __m512i second) {
   return _mm512_mask_blend_epi16(0xaaaaaaaa, first, _mm512_slli_epi32(second, 16));
-}
-
-// ---- x
-
-// For integers whose euclidean norm is `norm`, if rounding did not change it. Where x holds NaN or
-// infinity every result is NaN: there is no scale for it. `columns` is a multiple of 16.
-inline SplitScale scale_to_norm(const float* x, int64_t columns, float norm) {
-  const float largest = largest_magnitude(x, columns);
-  if (!(largest <= std::numeric_limits<float>::max()))
-    return {std::numeric_limits<float>::quiet_NaN(), 0};
-  if (largest < kSmallest)
-    return {0, 0};
-  const __m512 inverse = _mm512_set1_ps(1 / largest);
-  __m512 squares = _mm512_setzero_ps();
-  for (int64_t k = 0; k < columns; k += kLanes) {
-    const __m512 v = _mm512_mul_ps(_mm512_loadu_ps(x + k), inverse);
-    squares = _mm512_fmadd_ps(v, v, squares);
-  }
-  const float range = norm / std::sqrt(_mm512_reduce_add_ps(squares)); // of the largest
-  return {largest / range, range / largest};
-}
-
-// The codes of a row at `codes` as 16 dwords, interleaved so that `transpose` of four rows puts
-// dwords 4i to 4i + 3 of all four into vector i.
-template <int kCodes, int kCodesInByte> Q4_INLINE __m512i dwords_of(const int16_t* codes) {
-  using D = Dwords<kCodes, kCodesInByte>;
-  alignas(64) static constexpr auto kOrder = [] {
-    std::array<int16_t, 32> order{};
-    for (int i = 0; i < 32; ++i) {
-      const int dword = i / kCodes;
-      order[i] = int16_t(D::code_at(kCodes == 2 ? interleaved(dword) : dword, i % kCodes));
-    }
-    return order;
-  }();
-  const __m512i order = load(kOrder.data());
-  if constexpr (kCodes == 2) {
-    return _mm512_permutexvar_epi16(order, load(codes));
-  } else {
-    const __m256i low = _mm512_cvtepi16_epi8(_mm512_permutexvar_epi16(order, load(codes)));
-    const __m256i high = _mm512_cvtepi16_epi8(_mm512_permutexvar_epi16(order, load(codes + 32)));
-    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-    return _mm512_castps_si512(interleave(_mm512_castsi512_ps(both)));
-  }
-}
-
-// `columns` codes, a multiple of 32, of four rows side by side.
-template <int kCodes, int kCodesInByte, size_t kMost>
-Q4_INLINE void interleave_rows(const int16_t (&codes)[kQuad][kMost], int64_t columns,
-                               int32_t* out) {
-  constexpr int kStep = kLanes * kCodes;
-  for (int64_t k = 0; k < columns; k += kStep) {
-    __m512i v[kQuad];
-    for (int r = 0; r < kQuad; ++r)
-      v[r] = dwords_of<kCodes, kCodesInByte>(codes[r] + k);
-    transpose<kQuad>(v);
-    // 32 columns at the end are half a vector of bytes.
-    const int vectors = int(std::min<int64_t>(kStep, columns - k) * kQuad / kStep);
-    for (int i = 0; i < vectors; ++i, out += kLanes)
-      store(out, v[i]);
-  }
 }
 
 // ---- W
@@ -152,7 +90,7 @@ public:
 
 private:
   const uint8_t* rows_[kLanes];
-  alignas(64) uint8_t unpacked_[kLanes][512];
+  alignas(64) uint8_t unpacked_[kLanes][kWidestBlock];
 };
 
 } // namespace

@@ -1,120 +1,63 @@
 // The int8 GEMM for AVX-512 VNNI: x as bytes with a scale for each group, W's codes as they are.
 //
-// After each group of a tile of 4 rows and 32 features its sums join float32 sums, which stay in
-// registers:
+// Every multiplication takes the place of a vpdpbusd, shifts and permutations do not. So what
+// follows the products of two groups of a tile of 4 rows and 32 features is three instructions that
+// multiply, on 16-bit integers: the factor of a group's sum t,
 //
-//   y += float(t[g]) * scale[g] * sx[g]
+//   factor[g] = scale[g] * sx[g] / 2^15, rounded
 //
-// Multiplications share their units with vpdpbusd, so there are two of them and no more: the biases
-// are a product of their own, 16 groups deep, of 16-bit integers,
-//
-//   sum over g of bias[g] * (sum of x's integers * sx)[g],
-//
-// whose euclidean norms are such that int32 does not overflow (avx512_fast_gemm.cpp).
-#include "avx512_gemm.h" // from here on everything compiles for AVX-512
+// the sum of both groups' factor * t, and, for both biases, of bias * (sum of x's integers * sx).
+// All these are integers in the units of a block of a row, of x or of W, whose euclidean norms are
+// such that int32 does not overflow (avx512_fast_gemm.cpp). For t to fit, codes count from the
+// middle of their range, of which the bias takes account, and t loses what bits it has too many.
+#include "avx512_int8_x.h" // from here on everything compiles for AVX-512
 
 namespace q4metal::cpu {
 namespace {
 
-constexpr int kCodes = 4;       // in a dword
 constexpr int kTileVectors = 2; // of 16 features
 constexpr int64_t kTile = kTileVectors * kLanes;
-constexpr int64_t kBlock = 512; // columns; their panel is 16 KB
-constexpr int64_t kMostGroups = kBlock / 32, kMostPairs = kMostGroups / 2;
 constexpr int64_t kFeaturesAtATime = 192; // that use x while it is in the L2 cache
-constexpr float kNorm = 32000.0f;         // of biases and sums of a block, as integers
-
-constexpr int64_t pairs_in(int64_t groups) { return (groups + 1) / 2; }
-
-// Four rows of x: their dwords; four scales for each group; for each block the sums of its groups,
-// scaled, four dwords for two groups, and four units of these.
-struct Quad {
-  int64_t dwords, groups, pairs, blocks; // pairs: in a block
-
-  explicit Quad(const PackedMatrix& w)
-      : dwords(w.in_features / kCodes), groups(w.groups()), pairs(pairs_in(kBlock / w.group_size)),
-        blocks((w.in_features + kBlock - 1) / kBlock) {}
-  int64_t bytes() const { return (dwords + groups + (pairs + 1) * blocks) * kQuad * 4; }
-  const int32_t* codes(const std::byte* quad) const {
-    return reinterpret_cast<const int32_t*>(quad);
-  }
-  const float* scales(const std::byte* quad) const {
-    return reinterpret_cast<const float*>(quad) + dwords * kQuad;
-  }
-  const int32_t* sums(const std::byte* quad) const {
-    return reinterpret_cast<const int32_t*>(quad) + (dwords + groups) * kQuad;
-  }
-  const float* units(const std::byte* quad) const {
-    return reinterpret_cast<const float*>(quad) + (dwords + groups + pairs * blocks) * kQuad;
-  }
-};
-
-// ---- x
-
-// Columns [first, first + columns), a block, of four rows, of which `count` exist.
-template <int kCodesInByte>
-void prepare_block(const PackedMatrix& w, const float* x, int64_t count, int64_t first,
-                   int64_t columns, std::byte* quad) {
-  const Quad layout(w);
-  const int64_t block = first / kBlock, group = first / w.group_size;
-  auto* codes_out = const_cast<int32_t*>(layout.codes(quad)) + first / kCodes * kQuad;
-  auto* scales_out = const_cast<float*>(layout.scales(quad)) + group * kQuad;
-  auto* sums_out = const_cast<int32_t*>(layout.sums(quad)) + block * layout.pairs * kQuad;
-  auto* units_out = const_cast<float*>(layout.units(quad)) + block * kQuad;
-  alignas(64) int16_t codes[kQuad][kBlock];
-  for (int64_t r = 0; r < kQuad; ++r) {
-    alignas(64) float scales[kMostGroups] = {}, sums[kMostGroups] = {};
-    round_columns(x + std::min(r, count - 1) * w.in_features + first, columns, w.group_size,
-                  split_format(Precision::int8, w.group_size), codes[r], scales, sums);
-    for (int64_t g = 0; g < columns / w.group_size; ++g) {
-      scales_out[g * kQuad + r] = scales[g];
-      sums[g] *= scales[g];
-    }
-    const SplitScale s = scale_to_norm(sums, kMostGroups, kNorm);
-    units_out[r] = s.scale;
-    const __m512i v =
-        _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(sums), _mm512_set1_ps(s.inverse)));
-    alignas(32) int32_t pairs[kMostPairs];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(pairs), _mm512_cvtepi32_epi16(v));
-    for (int64_t i = 0; i < layout.pairs; ++i)
-      sums_out[i * kQuad + r] = pairs[i];
-  }
-  if (columns % 64 != 0)
-    for (auto& row : codes)
-      std::fill_n(row + columns, 32, int16_t(0));
-  interleave_rows<kCodes, kCodesInByte>(codes, columns, codes_out);
-}
 
 // ---- W
 
-struct Panel {
-  alignas(64) __m512i codes[kBlock / kCodes][kTileVectors]; // a step's vectors
-  alignas(64) __m512 scales[kMostGroups][kTileVectors];
-  alignas(64) __m512i biases[kMostPairs][kTileVectors]; // of two groups each, in `units`
+// Values of a block's groups as integers, two groups in a dword, and their unit.
+struct Pairs {
+  alignas(64) __m512i values[kMostPairs][kTileVectors];
   alignas(64) __m512 units[kTileVectors];
+
+  void set(int n, const __m512* groups, int64_t count) {
+    __m512 squares = _mm512_setzero_ps();
+    for (int64_t g = 0; g < count; ++g)
+      squares = _mm512_fmadd_ps(groups[g], groups[g], squares);
+    const __m512 unit = _mm512_div_ps(_mm512_sqrt_ps(squares), _mm512_set1_ps(kNorm));
+    const __mmask16 some = _mm512_cmp_ps_mask(unit, _mm512_set1_ps(kSmallest), _CMP_NLT_UQ);
+    const __m512 inverse = _mm512_maskz_div_ps(some, _mm512_set1_ps(1), unit);
+    units[n] = _mm512_maskz_mov_ps(some, unit);
+    for (int64_t i = 0; i < pairs_in(count); ++i) // x has zeros for a group that does not exist
+      values[i][n] = pairs_of(_mm512_cvtps_epi32(_mm512_mul_ps(groups[2 * i], inverse)),
+                              _mm512_cvtps_epi32(_mm512_mul_ps(groups[2 * i + 1], inverse)));
+  }
+};
+
+struct Panel {
+  alignas(64) __m512i codes[kMostColumns / kCodes][kTileVectors]; // a step's vectors
+  Pairs scales, biases;
 };
 
 // Scales and biases of `count` groups of 16 features as vector `n` of a panel.
 void expand_groups(const PackedMatrix& w, Features features, int64_t group, int64_t count, int n,
                    Panel& panel) {
-  __m512 scales[kLanes], biases[kLanes];
-  transpose_groups(w, w.scales, features, group, scales);
-  transpose_groups(w, w.biases, features, group, biases);
-  __m512 squares = _mm512_setzero_ps();
-  for (int64_t g = 0; g < count; ++g) {
-    panel.scales[g][n] = scales[g];
-    squares = _mm512_fmadd_ps(biases[g], biases[g], squares);
+  __m512 scales[round_up(kMostGroups, kLanes)], biases[round_up(kMostGroups, kLanes)];
+  const __m512 middle = _mm512_set1_ps(float(middle_of(w.bits)));
+  for (int64_t first = 0; first < count; first += kLanes) {
+    transpose_groups(w, w.scales, features, group + first, scales + first);
+    transpose_groups(w, w.biases, features, group + first, biases + first);
+    for (int64_t g = first; g < first + kLanes; ++g)
+      biases[g] = _mm512_fmadd_ps(scales[g], middle, biases[g]);
   }
-  const __m512 unit = _mm512_div_ps(_mm512_sqrt_ps(squares), _mm512_set1_ps(kNorm));
-  const __mmask16 some = _mm512_cmp_ps_mask(unit, _mm512_set1_ps(kSmallest), _CMP_NLT_UQ);
-  const __m512 inverse = _mm512_maskz_div_ps(some, _mm512_set1_ps(1), unit);
-  panel.units[n] = _mm512_maskz_mov_ps(some, unit);
-  for (int64_t i = 0; i < pairs_in(count); ++i) {
-    // x has a zero for a group that does not exist.
-    const __m512i first = _mm512_cvtps_epi32(_mm512_mul_ps(biases[2 * i], inverse));
-    const __m512i second = _mm512_cvtps_epi32(_mm512_mul_ps(biases[2 * i + 1], inverse));
-    panel.biases[i][n] = pairs_of(first, second);
-  }
+  panel.scales.set(n, scales, count);
+  panel.biases.set(n, biases, count);
 }
 
 // Columns [k, k + columns), a block, of 16 features as vector `n` of a panel.
@@ -140,88 +83,118 @@ void expand(const PackedMatrix& w, Features features, int64_t k, int64_t columns
 
 // ---- tiles
 
-// What a tile of up to 4 rows and 32 features works on: a block.
-struct Tile {
+// What the rows of x are multiplied with, up to 32 features of a block, and where to.
+struct Block {
   const Panel* panel;
-  const int32_t* codes;
-  const float* scales;
-  const int32_t* sums;
+  const int32_t *codes, *starts, *scales, *sums; // of the first four rows
   const float* units;
+  int64_t quad_bytes;
   int64_t groups;
   int64_t steps; // per group
-  int64_t rows, features;
+  int excess;    // bits of a group's sum
+  __mmask16 lanes[kTileVectors];
+  int64_t rows;
   float* y;
   int64_t y_stride;
   bool accumulate;
 };
 
-// By value, and not inlined: what a tile says then stays in registers between the writes to y.
-template <int kVectors> __attribute__((noinline)) void run_tile(const Tile tile) {
-  const Panel& panel = *tile.panel;
-  const __m512i* codes = panel.codes[0];
-  const int32_t* x = tile.codes;
-  __m512 sums[kQuad][kVectors] = {};
-  for (int64_t g = 0; g < tile.groups; ++g) {
-    Int32Vec t[kQuad][kVectors] = {};
-    for (int64_t step = 0; step < tile.steps; ++step, codes += kTileVectors, x += kQuad)
+// Tiles of 4 rows. By value, and not inlined: what a block says then stays in registers, or on the
+// stack, between the writes to y.
+template <int kVectors> __attribute__((noinline)) void run_block(Block b) {
+  using Tile = Int32Vec[kQuad][kVectors];
+  const Panel& panel = *b.panel;
+  // Shifts by a number in a short vector would cost a multiplication.
+  const __m512i excess = _mm512_set1_epi32(b.excess), left = _mm512_set1_epi32(16 - b.excess);
+  const float factor_unit = 32768.0f * float(1 << b.excess); // mulhrs divides by 2^15
+  for (; b.rows > 0; b.rows -= kQuad) {
+    const __m512i* codes = panel.codes[0];
+    const int32_t *x = b.codes, *start = b.starts;
+    const auto multiply_group = [&](Tile& t) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-      for (int m = 0; m < kQuad; ++m) {
-        const __m512i code = _mm512_set1_epi32(x[m]);
+      for (int m = 0; m < kQuad; ++m)
 #pragma GCC unroll 2
         for (int n = 0; n < kVectors; ++n)
-          t[m][n] = multiply_add(t[m][n], codes[n], code);
-      }
+          t[m][n] = (Int32Vec)_mm512_set1_epi32(start[m]);
+      start += kQuad;
+      for (int64_t step = 0; step < b.steps; ++step, codes += kTileVectors, x += kQuad)
+#pragma GCC unroll 4
+        for (int m = 0; m < kQuad; ++m) {
+          const __m512i code = _mm512_set1_epi32(x[m]);
 #pragma GCC unroll 2
-    for (int n = 0; n < kVectors; ++n)
+          for (int n = 0; n < kVectors; ++n)
+            t[m][n] = multiply_add(t[m][n], codes[n], code);
+        }
+    };
+    Tile sums = {};
+    const auto add_pair = [&](int64_t pair, const Tile& first,
+                              const Tile& second) __attribute__((always_inline)) {
 #pragma GCC unroll 4
       for (int m = 0; m < kQuad; ++m) {
-        const __m512 u = _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)t[m][n]), panel.scales[g][n]);
-        sums[m][n] = _mm512_fmadd_ps(u, _mm512_set1_ps(tile.scales[g * kQuad + m]), sums[m][n]);
+        const __m512i scale = _mm512_set1_epi32(b.scales[pair * kQuad + m]);
+#pragma GCC unroll 2
+        for (int n = 0; n < kVectors; ++n) {
+          const __m512i factors = _mm512_mulhrs_epi16(panel.scales.values[pair][n], scale);
+          const __m512i both = _mm512_mask_blend_epi16(
+              0xaaaaaaaa, (__m512i)first[m][n], _mm512_sllv_epi32((__m512i)second[m][n], left));
+          sums[m][n] = (Int32Vec)_mm512_dpwssd_epi32((__m512i)sums[m][n], both, factors);
+        }
       }
-  }
-  Int32Vec t[kQuad][kVectors] = {};
-  for (int64_t i = 0; i < pairs_in(tile.groups); ++i)
+    };
+    const auto shift = [&](Tile& t) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-    for (int m = 0; m < kQuad; ++m) {
-      const __m512i pair = _mm512_set1_epi32(tile.sums[i * kQuad + m]);
+      for (int m = 0; m < kQuad; ++m)
 #pragma GCC unroll 2
-      for (int n = 0; n < kVectors; ++n)
-        t[m][n] = (Int32Vec)_mm512_dpwssd_epi32((__m512i)t[m][n], panel.biases[i][n], pair);
+        for (int n = 0; n < kVectors; ++n)
+          t[m][n] = (Int32Vec)_mm512_srav_epi32((__m512i)t[m][n], excess);
+    };
+    for (int64_t pair = 0; pair < b.groups / 2; ++pair) {
+      Tile first, second;
+      multiply_group(first);
+      shift(first);
+      multiply_group(second);
+      add_pair(pair, first, second);
     }
-  float* y = tile.y;
-#pragma GCC unroll 4
-  for (int m = 0; m < kQuad; ++m, y += tile.y_stride) {
-    if (m >= tile.rows)
-      return;
-    const __m512 unit = _mm512_set1_ps(tile.units[m]);
-#pragma GCC unroll 2
-    for (int n = 0; n < kVectors; ++n) {
-      const __mmask16 lanes = first_lanes(tile.features - kLanes * n);
-      const __m512 u = _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)t[m][n]), panel.units[n]);
-      const __m512 sum = _mm512_fmadd_ps(u, unit, sums[m][n]);
-      const __m512 before =
-          tile.accumulate ? _mm512_maskz_loadu_ps(lanes, y + kLanes * n) : _mm512_setzero_ps();
-      _mm512_mask_storeu_ps(y + kLanes * n, lanes, _mm512_add_ps(sum, before));
+    if (b.groups % 2 != 0) {
+      Tile first, second = {};
+      multiply_group(first);
+      shift(first);
+      add_pair(b.groups / 2, first, second);
     }
-  }
-}
 
-// All rows of x times the panel of the block at `column`.
-void run_panel(const Quad& layout, const std::byte* prepared, int64_t rows, int64_t column,
-               int64_t group, Tile tile) {
-  const int64_t block = column / kBlock, bytes = layout.bytes();
-  tile.codes = layout.codes(prepared) + column / kCodes * kQuad;
-  tile.scales = layout.scales(prepared) + group * kQuad;
-  tile.sums = layout.sums(prepared) + block * layout.pairs * kQuad;
-  tile.units = layout.units(prepared) + block * kQuad;
-  for (int64_t m = 0; m < rows; m += kQuad) {
-    tile.rows = std::min<int64_t>(kQuad, rows - m);
-    tile.features > kLanes ? run_tile<2>(tile) : run_tile<1>(tile);
-    tile.codes = after(tile.codes, bytes);
-    tile.scales = after(tile.scales, bytes);
-    tile.sums = after(tile.sums, bytes);
-    tile.units = after(tile.units, bytes);
-    tile.y += kQuad * tile.y_stride;
+    Tile biases = {};
+    for (int64_t i = 0; i < pairs_in(b.groups); ++i)
+#pragma GCC unroll 4
+      for (int m = 0; m < kQuad; ++m) {
+        const __m512i pair = _mm512_set1_epi32(b.sums[i * kQuad + m]);
+#pragma GCC unroll 2
+        for (int n = 0; n < kVectors; ++n)
+          biases[m][n] =
+              (Int32Vec)_mm512_dpwssd_epi32((__m512i)biases[m][n], panel.biases.values[i][n], pair);
+      }
+
+#pragma GCC unroll 4
+    for (int m = 0; m < kQuad; ++m, b.y += b.y_stride) {
+      const __m512 scale_unit = _mm512_set1_ps(b.units[m] * factor_unit);
+      const __m512 bias_unit = _mm512_set1_ps(b.units[kQuad + m]);
+#pragma GCC unroll 2
+      for (int n = 0; n < kVectors; ++n) {
+        const __mmask16 lanes = m < b.rows ? b.lanes[n] : 0;
+        float* y = b.y + kLanes * n;
+        const __m512 u =
+            _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)sums[m][n]), panel.scales.units[n]);
+        const __m512 v =
+            _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)biases[m][n]), panel.biases.units[n]);
+        const __m512 before = _mm512_maskz_loadu_ps(b.accumulate ? lanes : 0, y);
+        const __m512 sum = _mm512_fmadd_ps(u, scale_unit, _mm512_fmadd_ps(v, bias_unit, before));
+        _mm512_mask_storeu_ps(y, lanes, sum);
+      }
+    }
+    b.codes = after(b.codes, b.quad_bytes);
+    b.starts = after(b.starts, b.quad_bytes);
+    b.scales = after(b.scales, b.quad_bytes);
+    b.sums = after(b.sums, b.quad_bytes);
+    b.units = after(b.units, b.quad_bytes);
   }
 }
 
@@ -230,11 +203,11 @@ void run_panel(const Quad& layout, const std::byte* prepared, int64_t rows, int6
 void Avx512Int8Gemm::prepare(const PackedMatrix& w, const float* x, int64_t rows, int64_t first,
                              int64_t last, std::byte* prepared) {
   const auto block = w.bits == 4 ? prepare_block<fields_of(4)> : prepare_block<fields_of(8)>;
-  const int64_t bytes = Quad(w).bytes();
+  const Quad layout(w);
   for (int64_t m = first; m < last; m += kQuad)
-    for (int64_t k = 0; k < w.in_features; k += kBlock)
-      block(w, x + m * w.in_features, std::min<int64_t>(kQuad, rows - m), k,
-            std::min(kBlock, w.in_features - k), prepared + m / kQuad * bytes);
+    for (int64_t k = 0; k < w.in_features; k += layout.block)
+      block(w, layout, x + m * w.in_features, std::min<int64_t>(kQuad, rows - m), k,
+            std::min(layout.block, w.in_features - k), prepared + m / kQuad * layout.bytes());
 }
 
 size_t Avx512Int8Gemm::prepared_bytes(const PackedMatrix& w, int64_t rows) {
@@ -248,20 +221,29 @@ void Avx512Int8Gemm::run(const PackedMatrix& w, const float*, const std::byte* p
   const auto expand_vector = w.bits == 4 ? expand<fields_of(4)> : expand<fields_of(8)>;
   const Quad layout(w);
   for (int64_t first = begin; first < end; first += kFeaturesAtATime)
-    for (int64_t k = 0; k < w.in_features; k += kBlock) {
-      const int64_t columns = std::min(kBlock, w.in_features - k);
+    for (int64_t k = 0; k < w.in_features; k += layout.block) {
+      const int64_t columns = std::min(layout.block, w.in_features - k);
+      const int64_t block = k / layout.block, pairs = block * layout.pairs * kQuad;
       for (int64_t n = first; n < std::min(first + kFeaturesAtATime, end); n += kTile) {
-        Tile tile{};
-        tile.panel = &panel;
-        tile.groups = columns / w.group_size;
-        tile.steps = w.group_size / kCodes;
-        tile.features = std::min(kTile, end - n);
-        tile.y = y + n;
-        tile.y_stride = w.out_features;
-        tile.accumulate = k > 0;
-        for (int64_t i = 0; i < tile.features; i += kLanes)
+        const int64_t features = std::min(kTile, end - n);
+        for (int64_t i = 0; i < features; i += kLanes)
           expand_vector(w, {n + i, end}, k, columns, int(i / kLanes), panel);
-        run_panel(layout, prepared, rows, k, k / w.group_size, tile);
+        const Block b{&panel,
+                      layout.codes(prepared) + k / kCodes * kQuad,
+                      layout.starts(prepared) + k / w.group_size * kQuad,
+                      layout.scales(prepared) + pairs,
+                      layout.sums(prepared) + pairs,
+                      layout.units(prepared) + 2 * block * kQuad,
+                      layout.bytes(),
+                      columns / w.group_size,
+                      w.group_size / kCodes,
+                      excess_bits(w),
+                      {first_lanes(features), first_lanes(features - kLanes)},
+                      rows,
+                      y + n,
+                      w.out_features,
+                      k > 0};
+        features > kLanes ? run_block<2>(b) : run_block<1>(b);
       }
     }
 }

@@ -30,7 +30,7 @@ chat: $(VENV)/.package $(if $(value MODEL),,$(VENV)/.model)
 	exec $(PY) -m torch_q4metal.chat "$$@"
 
 test: $(VENV)/.package $(VENV)/.model $(VENV)/.dev
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: $(VENV)/.package $(VENV)/.model $(VENV)/.dev
 	$(PY) -m pytest tests/long

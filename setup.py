@@ -94,7 +94,15 @@ if sys.platform == "darwin":
 
 
 class BuildWithStamp(BuildExtension):
-    """Leaves _build.json beside the extension: a wrong torch is named before the loader fails."""
+    """Leaves _build.json beside the extension: a wrong torch is named before the loader fails.
+
+    Object files stay in build/objects, also where pip would take a folder that it removes: the next
+    build compiles what has changed, and the test of the kernel tables links them.
+    """
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.build_temp = str(ROOT / "build" / "objects")
 
     def run(self) -> None:
         super().run()

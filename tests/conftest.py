@@ -66,6 +66,26 @@ LEFT_OUT = {
     "tests/pipeline/test_zmq_cluster.py::test_three_processes": _PROC,
 } if sys.platform == "darwin" else {}  # fmt: skip
 
+# Begun first: two processes share the files, and a long one at the end would leave one idle.
+LONGEST = [
+    Path(__file__).parent / name
+    for name in (
+        "macos/test_bench_mac.py",  # builds the stand-in
+        "test_thread_sanitizer.py",
+        "test_instruction_sets.py",
+        "test_kernel_table.py",
+        "test_chat.py",
+        "test_loads.py",
+        "macos/test_self_check.py",
+        "macos/test_metal_generation.py",
+        "oracle/test_mlx_models.py",
+        "pipeline/test_faults.py",
+        "pipeline/test_torchrun.py",
+        "pipeline/test_liveness.py",
+        "macos/test_metal_objc.py",
+    )
+]
+
 SLOW_FOLDERS = [Path(__file__).with_name(name) for name in ("long", "system")]
 
 
@@ -82,6 +102,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [item for item in items if item.nodeid.partition("[")[0] not in LEFT_OUT]
+    items.sort(key=lambda item: LONGEST.index(item.path) if item.path in LONGEST else len(LONGEST))
     for item in items:
         if any(folder in item.path.parents for folder in SLOW_FOLDERS):
             item.add_marker(pytest.mark.long)

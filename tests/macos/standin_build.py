@@ -27,9 +27,20 @@ from torch_q4metal import _extension
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BUILD = ROOT / "build" / "macos" / "standin"
-# Compiled a unit at a time, so that torch's headers are read three times and not ten times; "plan"
-# needs none of them. All of csrc/metal is here but the two files that are Objective-C.
+# Compiled a unit at a time, so that torch's headers are read twice and not ten times; "plan" needs
+# none of them. All of csrc/metal is here but the two files that are Objective-C.
 UNITS = {
+    "standin": [
+        "csrc/metal/bindings.cpp",
+        "tests/macos/standin/aten_mps.cpp",
+        "tests/macos/standin/kernels.cpp",
+        "tests/macos/standin/memory.cpp",
+        "tests/macos/standin/metal_shader_library.cpp",
+        "tests/macos/standin/module.cpp",
+        "tests/macos/standin/plan_records.cpp",
+        "tests/macos/standin/plan_sink.cpp",
+        "tests/macos/standin/queue.cpp",
+    ],
     "host": [
         "csrc/metal/decode_plan.cpp",
         "csrc/metal/decode_step_mps.cpp",
@@ -37,20 +48,7 @@ UNITS = {
         "csrc/metal/pipelines.cpp",
         "csrc/metal/read_probe_mps.cpp",
     ],
-    "torch": [
-        "tests/macos/standin/aten_mps.cpp",
-        "tests/macos/standin/kernels.cpp",
-        "tests/macos/standin/memory.cpp",
-        "tests/macos/standin/metal_shader_library.cpp",
-        "tests/macos/standin/plan_sink.cpp",
-        "tests/macos/standin/queue.cpp",
-    ],
     "plan": ["csrc/metal/encoder.cpp", "csrc/plan/plan.cpp"],
-    "python": [
-        "csrc/metal/bindings.cpp",
-        "tests/macos/standin/module.cpp",
-        "tests/macos/standin/plan_records.cpp",
-    ],
 }
 FOLDERS = ("csrc", "csrc/metal", "csrc/plan", "tests/macos/standin", "tests/msl/runtime")
 SLIPS = ("none", "no barrier", "buffers swapped", "arguments swapped", "grid cut")

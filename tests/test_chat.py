@@ -9,7 +9,9 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pexpect
@@ -229,31 +231,28 @@ def test_one_answer_as_json_without_reading_standard_input(
     assert answer["prompt_tokens"] > 10
 
 
-def test_a_closed_pipe_ends_it_quietly(env: dict[str, str], endless: Path) -> None:
+@contextmanager
+def counting(env: dict[str, str], endless: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A single answer without end that has begun."""
     with subprocess.Popen(
         command("--model", endless, "-n", "60000", "-p", "Count."),
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as child:
-        assert child.stdout is not None
-        assert child.stderr is not None
         assert child.stdout.read(11) == b"0123456789 "
+        yield child
+
+
+def test_a_closed_pipe_ends_it_quietly(env: dict[str, str], endless: Path) -> None:
+    with counting(env, endless) as child:
         child.stdout.close()
         assert child.wait(TIMEOUT) == 141
         assert child.stderr.read() == b""
 
 
 def test_ctrl_c_ends_a_single_answer(env: dict[str, str], endless: Path) -> None:
-    with subprocess.Popen(
-        command("--model", endless, "-n", "60000", "-p", "Count."),
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as child:
-        assert child.stdout is not None
-        assert child.stderr is not None
-        assert child.stdout.read(11) == b"0123456789 "
+    with counting(env, endless) as child:
         child.send_signal(signal.SIGINT)
         assert child.stdout.read().endswith(b"\n")
         assert child.wait(TIMEOUT) == 130

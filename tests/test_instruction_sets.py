@@ -1,24 +1,25 @@
 """Every instruction set that this CPU has, forced in turn over the op table."""
 
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
-# Prints the kernels' name, saves results, and runs a table of tests: one process does it all, for
-# most of its time goes into starting.
-SCRIPT = """
-import sys, pytest, torch
 from torch_q4metal import ops, reference
 
-def results():
-    '''Over all formats, dtypes of scales, and widths with every kind of tail.'''
+OP_TABLE = Path(__file__).with_name("test_ops.py")
+
+
+def products():
+    """Over all formats, dtypes of scales, and widths with every kind of tail."""
     torch.manual_seed(0)
     for columns in (32, 96, 160, 576, 640, 896, 1152, 2176):
         x = torch.randn(5, columns) * torch.logspace(-3, 3, columns)
@@ -30,28 +31,25 @@ def results():
                     for rows in (1, 2, 5):
                         yield ops.matmul(x[:rows], *w, None, True, group_size, bits)
 
-file, table = sys.argv[1:]
-torch.save((ops.cpu_kernels(), list(results())), file)
-sys.exit(pytest.main(["-o", "addopts=", table]) if table else 0)
-"""
-OP_TABLE = Path(__file__).with_name("test_ops.py")
 
-
-def run(code, *arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        check=False,
-    )
+def run_set(name, table, file, output):
+    """Saves what the kernels ``name`` say and compute, and runs a table of tests."""
+    os.environ["Q4METAL_CPU"] = name
+    with output.open("w") as said, redirect_stdout(said), redirect_stderr(said):
+        torch.save((ops.cpu_kernels(), list(products())), file)
+        status = pytest.main(["-o", "addopts=", str(table)]) if table else 0
+    sys.exit(int(status))
 
 
 @cache
 def refusal():
     code = "import torch; from torch_q4metal import ops, reference\n"
     code += "w = reference.quantize(torch.ones(4, 64))\n"
-    return run(code + "ops.matmul(torch.ones(1, 64), *w)", Q4METAL_CPU="none").stderr
+    code += "ops.matmul(torch.ones(1, 64), *w)"
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False,
+        env=os.environ | {"Q4METAL_CPU": "none"},
+    ).stderr  # fmt: skip
 
 
 def available():
@@ -69,16 +67,23 @@ def available():
 def results(tmp_path_factory):
     """name, "" where none is forced -> (what cpu_kernels says, the bits of many products).
 
-    Each is of a process of its own, which has passed the op table unless none was forced.
+    Each is of a process of its own, which has passed the op table unless none was forced: a fork of
+    one that has imported torch and computed nothing.
     """
     folder = tmp_path_factory.mktemp("sets")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "pytest", "hypothesis"])
 
     def result(name):
         table = OP_TABLE if name else ""  # this process runs the table under the best set
-        done = run(SCRIPT, folder / f"results-{name}.pt", table, Q4METAL_CPU=name)
-        assert done.returncode == 0, f"{name}: {done.stdout}{done.stderr}"
-        assert not table or re.search(r"\d+ passed", done.stdout)
-        return torch.load(folder / f"results-{name}.pt")
+        file, output = folder / f"results-{name}.pt", folder / f"output-{name}.txt"
+        process = context.Process(target=run_set, args=(name, table, file, output))
+        process.start()
+        process.join()
+        said = output.read_text()
+        assert process.exitcode == 0, f"{name}: {said}"
+        assert not table or re.search(r"\d+ passed", said)
+        return torch.load(file)
 
     names = ["", *available()[1:]]
     with ThreadPoolExecutor(2) as pool:

@@ -83,21 +83,22 @@ def test_fits_into_a_megabyte(standin, case):
     assert check(case, 1).data_bytes <= self_check.LARGEST
 
 
+LAYERS_ONLY = {"table": None, "head": None}
 PLANTED = {  # kernel: text, wrong text, format, other changes
     "plan_embed": ("(w, row, k, out)", "(w, row ^ 1, k, out)", (3, 32), {"layers": ()}),
-    "plan_qkv": ("b * rope[dim + i])", "-b * rope[dim + i])", (5, 32), {}),
+    "plan_qkv": ("b * rope[dim + i])", "-b * rope[dim + i])", (5, 32), LAYERS_ONLY),
     "plan_attention_bf16_d48 ": (
         "sum_of(products[g]) * args.scale", "sum_of(products[g])",
-        (2, 32), {"head_dim": 48, "context": 512},
+        (2, 32), LAYERS_ONLY | {"head_dim": 48, "context": 512},
     ),
     "plan_attention_split_bf16_d96_h4 and plan_attention_combine_d96 ": (
         "add_chunks<kDim>(chunks, count, args", "add_chunks<kDim>(chunks, 1, args",
-        (2, 64), {"head_dim": 96, "heads": 8},
+        (2, 64), LAYERS_ONLY | {"head_dim": 96, "heads": 8},
     ),
-    "plan_residual": ("+ first + f] +=", "+ first + f] =", (6, 32), {}),
-    "plan_gate_up": ("(1.0f + exp(-g)) * u", "(1.0f + exp(g)) * u", (3, 64), {}),
+    "plan_residual": ("+ first + f] +=", "+ first + f] =", (6, 32), LAYERS_ONLY),
+    "plan_gate_up": ("(1.0f + exp(-g)) * u", "(1.0f + exp(g)) * u", (3, 64), LAYERS_ONLY),
     "plan_head": ("+ first + f] = y;", "+ first + f] = -y;", (5, 64), {"layers": ()}),
-    "q4_matmul": ("sums[i][j], a[i], b[j]", "sums[i][j], a[i], b[0]", (3, 128), {}),
+    "q4_matmul": ("sums[i][j], a[i], b[j]", "sums[i][j], a[i], b[0]", (3, 128), LAYERS_ONLY),
     "q4_matvec": ("fma(biases[f], x.sum, sum)", "sum", (6, 128), {"layers": ()}),
     "q4_embedding": ("(w, uint(id), k", "(w, uint(id) ^ 1, k", (2, 128), {"layers": ()}),
 }  # fmt: skip

@@ -61,15 +61,16 @@ template <Precision kPrecision>
 constexpr MatvecKernel matvec = {Avx512Matvec<kPrecision>::prepared_bytes,
                                  Avx512Matvec<kPrecision>::prepare, Avx512Matvec<kPrecision>::run};
 
-template <typename Gemm>
-constexpr GemmKernel gemm = {Gemm::prepared_bytes, Gemm::prepare, Gemm::run};
+template <Precision kPrecision>
+constexpr GemmKernel gemm = {Avx512Gemm<kPrecision>::prepared_bytes,
+                             Avx512Gemm<kPrecision>::prepare, Avx512Gemm<kPrecision>::run};
 
 } // namespace
 
 constinit const KernelTable avx512_kernels = {
     "avx512",
     {exact_matvec, matvec<Precision::fast>, matvec<Precision::int8>},
-    {exact_gemm, gemm<Avx512FastGemm>, gemm<Avx512Int8Gemm>},
+    {exact_gemm, gemm<Precision::fast>, gemm<Precision::int8>},
     gemm_transposed,
     vector_kernels};
 

@@ -37,8 +37,8 @@ namespace q4metal::cpu {
 
 extern const KernelTable avx512_kernels;
 
-// The functions of a MatvecKernel, for fast and int8, and of two GemmKernels. Functions, not
-// kernels: a table made of their addresses needs no code to run when the library is loaded.
+// The functions of a MatvecKernel and of a GemmKernel, for fast and int8. Functions, not kernels: a
+// table made of their addresses needs no code to run when the library is loaded.
 template <Precision kPrecision> struct Avx512Matvec {
   static size_t prepared_bytes(const PackedMatrix& w, int64_t rows);
   static void prepare(const PackedMatrix& w, const float* x, int64_t rows, std::byte* prepared);
@@ -46,15 +46,7 @@ template <Precision kPrecision> struct Avx512Matvec {
                   int64_t begin, int64_t end);
 };
 
-struct Avx512FastGemm {
-  static size_t prepared_bytes(const PackedMatrix& w, int64_t rows);
-  static void prepare(const PackedMatrix& w, const float* x, int64_t rows, int64_t first,
-                      int64_t last, std::byte* prepared);
-  static void run(const PackedMatrix& w, const float* x, const std::byte* prepared, int64_t rows,
-                  float* y, int64_t begin, int64_t end);
-};
-
-struct Avx512Int8Gemm {
+template <Precision kPrecision> struct Avx512Gemm {
   static size_t prepared_bytes(const PackedMatrix& w, int64_t rows);
   static void prepare(const PackedMatrix& w, const float* x, int64_t rows, int64_t first,
                       int64_t last, std::byte* prepared);

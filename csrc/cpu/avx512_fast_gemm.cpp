@@ -13,12 +13,9 @@
 namespace q4metal::cpu {
 namespace {
 
-constexpr int kCodes = 2;       // in a dword
-constexpr int kTileVectors = 2; // of 16 features
-constexpr int64_t kTile = kTileVectors * kLanes;
+constexpr int kCodes = 2; // in a dword
 constexpr int64_t kTileRows = 2 * kQuad;
-constexpr int64_t kMostColumns = 384;     // of a block; its panel is 24 KB
-constexpr int64_t kFeaturesAtATime = 192; // that use x while it is in the L2 cache
+constexpr int64_t kMostColumns = 384; // of a block; its panel is 24 KB
 
 // The norms of the integers: rounding adds less than 8 to x's and less than 24 to W's.
 constexpr float kXNorm = 23700.0f, kWNorm = 90000.0f;
@@ -190,83 +187,75 @@ void expand(const PackedMatrix& w, Features features, int64_t k, int64_t columns
 
 // ---- tiles
 
-// What a tile of 8 or 4 rows and up to 32 features works on: a block.
-struct Tile {
+// What the rows of x are multiplied with, up to 32 features of a block, and where to.
+struct Block {
   const Panel* panel;
-  const int32_t* codes[2]; // of one or two quads
-  const float* scales[2];
+  const int32_t* codes; // of the first four rows
+  const float* scales;
+  int64_t quad_bytes;
   int64_t steps;
-  int64_t rows, features;
+  __mmask16 lanes[kTileVectors];
+  int64_t rows;
   float* y;
   int64_t y_stride;
   bool accumulate;
 };
 
-// By value, and not inlined: what a tile says then stays in registers between the writes to y.
-template <int kQuads, int kVectors> __attribute__((noinline)) void run_tile(const Tile tile) {
+// `tiles` of kQuads * 4 rows. By value, and not inlined: what a block says then stays in registers,
+// or on the stack, between the writes to y. Returns what is left of the block.
+template <int kQuads, int kVectors>
+__attribute__((noinline)) Block run_tiles(Block b, int64_t tiles) {
   constexpr int kRows = kQuads * kQuad;
-  const __m512i* panel = tile.panel->codes[0];
-  const int32_t* x[2] = {tile.codes[0], tile.codes[1]};
-  Int32Vec t[kRows][kVectors] = {};
-  for (int64_t step = 0; step < tile.steps; ++step) {
+  for (; tiles > 0; --tiles, b.rows -= kRows) {
+    const __m512i* panel = b.panel->codes[0];
+    const int32_t* x[2] = {b.codes, after(b.codes, b.quad_bytes)};
+    Int32Vec t[kRows][kVectors] = {};
+    for (int64_t step = 0; step < b.steps; ++step) {
 #pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) {
-      const __m512i code = _mm512_set1_epi32(x[m / kQuad][m % kQuad]);
+      for (int m = 0; m < kRows; ++m) {
+        const __m512i code = _mm512_set1_epi32(x[m / kQuad][m % kQuad]);
 #pragma GCC unroll 2
-      for (int n = 0; n < kVectors; ++n)
-        t[m][n] = (Int32Vec)_mm512_dpwssd_epi32((__m512i)t[m][n], panel[n], code);
+        for (int n = 0; n < kVectors; ++n)
+          t[m][n] = (Int32Vec)_mm512_dpwssd_epi32((__m512i)t[m][n], panel[n], code);
+      }
+      panel += kTileVectors;
+      x[0] += kQuad;
+      x[1] += kQuad;
     }
-    panel += kTileVectors;
-    x[0] += kQuad;
-    x[1] += kQuad;
-  }
-  __mmask16 lanes[kVectors];
-  __m512 scales[kVectors];
-  for (int n = 0; n < kVectors; ++n) {
-    lanes[n] = first_lanes(tile.features - kLanes * n);
-    scales[n] = tile.panel->scales[n];
-  }
-  float* y = tile.y;
+    __m512 scales[kVectors];
+    for (int n = 0; n < kVectors; ++n)
+      scales[n] = b.panel->scales[n];
 #pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m, y += tile.y_stride) {
-    if (m >= tile.rows)
-      return;
-    const __m512 scale = _mm512_set1_ps(tile.scales[m / kQuad][m % kQuad]);
+    for (int m = 0; m < kRows; ++m, b.y += b.y_stride) {
+      const __m512 scale = _mm512_set1_ps(after(b.scales, m / kQuad * b.quad_bytes)[m % kQuad]);
 #pragma GCC unroll 2
-    for (int n = 0; n < kVectors; ++n) {
-      const __m512 before =
-          tile.accumulate ? _mm512_maskz_loadu_ps(lanes[n], y + kLanes * n) : _mm512_setzero_ps();
-      const __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)t[m][n]), scales[n]);
-      _mm512_mask_storeu_ps(y + kLanes * n, lanes[n], _mm512_fmadd_ps(sum, scale, before));
+      for (int n = 0; n < kVectors; ++n) {
+        const __mmask16 lanes = m < b.rows ? b.lanes[n] : 0;
+        float* y = b.y + kLanes * n;
+        const __m512 before = _mm512_maskz_loadu_ps(b.accumulate ? lanes : 0, y);
+        const __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)t[m][n]), scales[n]);
+        _mm512_mask_storeu_ps(y, lanes, _mm512_fmadd_ps(sum, scale, before));
+      }
     }
+    b.codes = after(b.codes, kQuads * b.quad_bytes);
+    b.scales = after(b.scales, kQuads * b.quad_bytes);
   }
+  return b;
 }
 
-// All rows of x times the panel.
-void run_panel(const Quad& layout, const std::byte* prepared, int64_t rows, int64_t column,
-               Tile tile) {
-  const int64_t bytes = layout.bytes();
-  tile.codes[0] = layout.codes(prepared, column);
-  tile.scales[0] = layout.scales(prepared, column);
-  for (int64_t m = 0; m < rows; m += kTileRows) {
-    tile.codes[1] = after(tile.codes[0], bytes); // may not exist
-    tile.scales[1] = after(tile.scales[0], bytes);
-    tile.rows = std::min(kTileRows, rows - m);
-    const bool wide = tile.features > kLanes;
-    if (tile.rows > kQuad)
-      wide ? run_tile<2, 2>(tile) : run_tile<2, 1>(tile);
-    else
-      wide ? run_tile<1, 2>(tile) : run_tile<1, 1>(tile);
-    tile.codes[0] = after(tile.codes[1], bytes);
-    tile.scales[0] = after(tile.scales[1], bytes);
-    tile.y += kTileRows * tile.y_stride;
-  }
+// Tiles of 8 rows, and one of 4 if no more are left.
+template <int kVectors> void run_block(Block b) {
+  const int64_t tiles = (b.rows + kTileRows - 1 - kQuad) / kTileRows;
+  b = run_tiles<2, kVectors>(b, tiles);
+  if (b.rows > 0)
+    run_tiles<1, kVectors>(b, 1);
 }
 
 } // namespace
 
-void Avx512FastGemm::prepare(const PackedMatrix& w, const float* x, int64_t rows, int64_t first,
-                             int64_t last, std::byte* prepared) {
+template <>
+void Avx512Gemm<Precision::fast>::prepare(const PackedMatrix& w, const float* x, int64_t rows,
+                                          int64_t first, int64_t last, std::byte* prepared) {
   const auto block = w.bits == 4 ? prepare_block<fields_of(4)> : prepare_block<fields_of(8)>;
   const Quad layout(w);
   for (int64_t m = first; m < last; m += kQuad)
@@ -275,32 +264,35 @@ void Avx512FastGemm::prepare(const PackedMatrix& w, const float* x, int64_t rows
             std::min(layout.block, w.in_features - k), prepared + m / kQuad * layout.bytes());
 }
 
-size_t Avx512FastGemm::prepared_bytes(const PackedMatrix& w, int64_t rows) {
+template <>
+size_t Avx512Gemm<Precision::fast>::prepared_bytes(const PackedMatrix& w, int64_t rows) {
   return round_up(rows, kQuad) / kQuad * Quad(w).bytes();
 }
 
-void Avx512FastGemm::run(const PackedMatrix& w, const float*, const std::byte* prepared,
-                         int64_t rows, float* y, int64_t begin, int64_t end) {
+template <>
+void Avx512Gemm<Precision::fast>::run(const PackedMatrix& w, const float*,
+                                      const std::byte* prepared, int64_t rows, float* y,
+                                      int64_t begin, int64_t end) {
   static thread_local Panel thread_panel;
   Panel& panel = thread_panel; // its address is computed once
   const auto expand_vector = w.bits == 4 ? expand<fields_of(4)> : expand<fields_of(8)>;
   const Quad layout(w);
-  for (int64_t first = begin; first < end; first += kFeaturesAtATime)
-    for (int64_t k = 0; k < w.in_features; k += layout.block) {
-      const int64_t columns = std::min(layout.block, w.in_features - k);
-      for (int64_t n = first; n < std::min(first + kFeaturesAtATime, end); n += kTile) {
-        Tile tile{};
-        tile.panel = &panel;
-        tile.steps = columns / kCodes;
-        tile.features = std::min(kTile, end - n);
-        tile.y = y + n;
-        tile.y_stride = w.out_features;
-        tile.accumulate = k > 0;
-        for (int64_t i = 0; i < tile.features; i += kLanes)
-          expand_vector(w, {n + i, end}, k, columns, int(i / kLanes), panel);
-        run_panel(layout, prepared, rows, k, tile);
-      }
-    }
+  for_blocks(w, layout.block, begin, end, [&](int64_t k, int64_t columns, int64_t n) {
+    const int64_t features = std::min(kTile, end - n);
+    for (int64_t i = 0; i < features; i += kLanes)
+      expand_vector(w, {n + i, end}, k, columns, int(i / kLanes), panel);
+    const Block b{&panel,
+                  layout.codes(prepared, k),
+                  layout.scales(prepared, k),
+                  layout.bytes(),
+                  columns / kCodes,
+                  {first_lanes(features), first_lanes(features - kLanes)},
+                  rows,
+                  y + n,
+                  w.out_features,
+                  k > 0};
+    features > kLanes ? run_block<2>(b) : run_block<1>(b);
+  });
 }
 
 } // namespace q4metal::cpu

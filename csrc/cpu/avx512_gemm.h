@@ -15,8 +15,11 @@
 namespace q4metal::cpu {
 namespace {
 
-constexpr int kQuad = 4;              // rows of x side by side
-constexpr int64_t kWidestBlock = 640; // columns that either expands at a time
+constexpr int kQuad = 4;        // rows of x side by side
+constexpr int kTileVectors = 2; // of 16 features
+constexpr int64_t kTile = kTileVectors * kLanes;
+constexpr int64_t kFeaturesAtATime = 192; // that use x while it is in the L2 cache
+constexpr int64_t kWidestBlock = 640;     // columns that either expands at a time
 
 // Which codes dwords hold. kCodes: in a dword of x; kCodesInByte: of W (fields_of).
 template <int kCodes, int kCodesInByte> struct Dwords {
@@ -92,6 +95,17 @@ private:
   const uint8_t* rows_[kLanes];
   alignas(64) uint8_t unpacked_[kLanes][kWidestBlock];
 };
+
+// body(k, columns, n) for tiles of features [begin, end), from n on, and blocks of columns, from k
+// on.
+template <typename Body>
+void for_blocks(const PackedMatrix& w, int64_t block, int64_t begin, int64_t end,
+                const Body& body) {
+  for (int64_t first = begin; first < end; first += kFeaturesAtATime)
+    for (int64_t k = 0; k < w.in_features; k += block)
+      for (int64_t n = first; n < std::min(first + kFeaturesAtATime, end); n += kTile)
+        body(k, std::min(block, w.in_features - k), n);
+}
 
 } // namespace
 } // namespace q4metal::cpu

@@ -15,10 +15,6 @@
 namespace q4metal::cpu {
 namespace {
 
-constexpr int kTileVectors = 2; // of 16 features
-constexpr int64_t kTile = kTileVectors * kLanes;
-constexpr int64_t kFeaturesAtATime = 192; // that use x while it is in the L2 cache
-
 // ---- W
 
 // Values of a block's groups as integers, two groups in a dword, and their unit.
@@ -200,8 +196,9 @@ template <int kVectors> __attribute__((noinline)) void run_block(Block b) {
 
 } // namespace
 
-void Avx512Int8Gemm::prepare(const PackedMatrix& w, const float* x, int64_t rows, int64_t first,
-                             int64_t last, std::byte* prepared) {
+template <>
+void Avx512Gemm<Precision::int8>::prepare(const PackedMatrix& w, const float* x, int64_t rows,
+                                          int64_t first, int64_t last, std::byte* prepared) {
   const auto block = w.bits == 4 ? prepare_block<fields_of(4)> : prepare_block<fields_of(8)>;
   const Quad layout(w);
   for (int64_t m = first; m < last; m += kQuad)
@@ -210,42 +207,41 @@ void Avx512Int8Gemm::prepare(const PackedMatrix& w, const float* x, int64_t rows
             std::min(layout.block, w.in_features - k), prepared + m / kQuad * layout.bytes());
 }
 
-size_t Avx512Int8Gemm::prepared_bytes(const PackedMatrix& w, int64_t rows) {
+template <>
+size_t Avx512Gemm<Precision::int8>::prepared_bytes(const PackedMatrix& w, int64_t rows) {
   return round_up(rows, kQuad) / kQuad * Quad(w).bytes();
 }
 
-void Avx512Int8Gemm::run(const PackedMatrix& w, const float*, const std::byte* prepared,
-                         int64_t rows, float* y, int64_t begin, int64_t end) {
+template <>
+void Avx512Gemm<Precision::int8>::run(const PackedMatrix& w, const float*,
+                                      const std::byte* prepared, int64_t rows, float* y,
+                                      int64_t begin, int64_t end) {
   static thread_local Panel thread_panel;
   Panel& panel = thread_panel; // its address is computed once
   const auto expand_vector = w.bits == 4 ? expand<fields_of(4)> : expand<fields_of(8)>;
   const Quad layout(w);
-  for (int64_t first = begin; first < end; first += kFeaturesAtATime)
-    for (int64_t k = 0; k < w.in_features; k += layout.block) {
-      const int64_t columns = std::min(layout.block, w.in_features - k);
-      const int64_t block = k / layout.block, pairs = block * layout.pairs * kQuad;
-      for (int64_t n = first; n < std::min(first + kFeaturesAtATime, end); n += kTile) {
-        const int64_t features = std::min(kTile, end - n);
-        for (int64_t i = 0; i < features; i += kLanes)
-          expand_vector(w, {n + i, end}, k, columns, int(i / kLanes), panel);
-        const Block b{&panel,
-                      layout.codes(prepared) + k / kCodes * kQuad,
-                      layout.starts(prepared) + k / w.group_size * kQuad,
-                      layout.scales(prepared) + pairs,
-                      layout.sums(prepared) + pairs,
-                      layout.units(prepared) + 2 * block * kQuad,
-                      layout.bytes(),
-                      columns / w.group_size,
-                      w.group_size / kCodes,
-                      excess_bits(w),
-                      {first_lanes(features), first_lanes(features - kLanes)},
-                      rows,
-                      y + n,
-                      w.out_features,
-                      k > 0};
-        features > kLanes ? run_block<2>(b) : run_block<1>(b);
-      }
-    }
+  for_blocks(w, layout.block, begin, end, [&](int64_t k, int64_t columns, int64_t n) {
+    const int64_t block = k / layout.block, pairs = block * layout.pairs * kQuad;
+    const int64_t features = std::min(kTile, end - n);
+    for (int64_t i = 0; i < features; i += kLanes)
+      expand_vector(w, {n + i, end}, k, columns, int(i / kLanes), panel);
+    const Block b{&panel,
+                  layout.codes(prepared) + k / kCodes * kQuad,
+                  layout.starts(prepared) + k / w.group_size * kQuad,
+                  layout.scales(prepared) + pairs,
+                  layout.sums(prepared) + pairs,
+                  layout.units(prepared) + 2 * block * kQuad,
+                  layout.bytes(),
+                  columns / w.group_size,
+                  w.group_size / kCodes,
+                  excess_bits(w),
+                  {first_lanes(features), first_lanes(features - kLanes)},
+                  rows,
+                  y + n,
+                  w.out_features,
+                  k > 0};
+    features > kLanes ? run_block<2>(b) : run_block<1>(b);
+  });
 }
 
 } // namespace q4metal::cpu

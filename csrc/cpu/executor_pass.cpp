@@ -207,9 +207,9 @@ private:
         finish(segment, row, m, head * dim, (head + 1) * dim);
         const float* cos = in_.rope + m * 2 * dim;
         if (s < 2)
-          table_.vector.rope(row + head * dim, cos, cos + dim, dim);
+          table_.vector.rope(row + head * dim, cos, cos + dim, dim, row + head * dim);
         if (s > 0)
-          in_.append(shape_, step.layer, s - 1, head, m, row + head * dim);
+          in_.append(shape_, step.layer, s - 1, head, m, row + head * dim, table_.vector);
       }
     });
   }
@@ -295,7 +295,7 @@ private:
         float *gate = w_.activation + m * width, *up = w_.rows_up + m * width;
         finish(step.segments[0], gate, m, begin, end);
         finish(step.segments[1], up, m, begin, end);
-        table_.vector.swiglu(gate + begin, up + begin, end - begin);
+        table_.vector.swiglu(gate + begin, up + begin, end - begin, gate + begin);
       }
     });
   }

@@ -90,10 +90,15 @@ struct AttentionRows {
 struct VectorKernels {
   // out = gamma * x; returns 1 / sqrt(mean(x^2) + eps).
   float (*norm_gamma)(const float* x, const float* gamma, int64_t n, float eps, float* out);
-  // Rotates a head in place; cos and signed sin have `dim` values.
-  void (*rope)(float* head, const float* cos, const float* sin, int64_t dim);
-  // gate = silu(gate) * up.
-  void (*swiglu)(float* gate, const float* up, int64_t n);
+  // x *= factor; out += x.
+  void (*scale)(float* x, float factor, int64_t n);
+  void (*add)(const float* x, int64_t n, float* out);
+  // Rotates a head; cos and signed sin have `dim` values. `out` may be `head`.
+  void (*rope)(const float* head, const float* cos, const float* sin, int64_t dim, float* out);
+  // out = silu(gate) * up. `out` may be `gate`.
+  void (*swiglu)(const float* gate, const float* up, int64_t n, float* out);
+  // Rounds to `dtype`.
+  void (*narrow)(const float* x, int64_t n, DType dtype, void* out);
   // y[:, begin:end) = x W[begin:end, :]^T of a dense matrix; y [rows, N].
   void (*dense_matvec)(const DenseMatrix& w, const float* x, int64_t rows, float* y, int64_t begin,
                        int64_t end);

@@ -214,8 +214,7 @@ private:
       float* out = w_.normed + m * size;
       const float inverse =
           table_.vector.norm_gamma(hidden + m * size, gamma, size, shape_.norm_eps, out);
-      for (int64_t i = 0; i < size; ++i)
-        out[i] *= inverse;
+      table_.vector.scale(out, inverse, size);
     }
   }
 
@@ -234,8 +233,7 @@ private:
     }
     if (segment.bias != nullptr)
       for (int64_t m = 0; m < rows_; ++m)
-        for (int64_t n = 0; n < columns; ++n)
-          y[m * columns + n] += segment.bias[begin + n];
+        table_.vector.add(segment.bias + begin, columns, y + m * columns);
   }
 
   // ---- steps
@@ -257,13 +255,12 @@ private:
       multiply(step, s, head * dim, (head + 1) * dim, y);
       for (int64_t m = 0; m < in_.rows; ++m) {
         float* row = y + m * dim;
+        float* rotated = s == 0 ? w_.queries + (m * heads + head) * dim : row;
         const float* cos = in_.rope + m * 2 * dim;
         if (s < 2)
-          table_.vector.rope(row, cos, cos + dim, dim);
-        if (s == 0)
-          std::copy_n(row, dim, w_.queries + (m * heads + head) * dim);
-        else
-          in_.append(shape_, step.layer, s - 1, head, m, row);
+          table_.vector.rope(row, cos, cos + dim, dim, rotated);
+        if (s > 0)
+          in_.append(shape_, step.layer, s - 1, head, m, rotated, table_.vector);
       }
     });
   }
@@ -304,11 +301,8 @@ private:
     parallel(size, kPiece, [&](int64_t begin, int64_t end, float* y) {
       const int64_t columns = end - begin;
       multiply(step, 0, begin, end, y);
-      for (int64_t m = 0; m < rows; ++m) {
-        float* hidden = w_.hidden + (first + m) * size + begin;
-        for (int64_t n = 0; n < columns; ++n)
-          hidden[n] += y[m * columns + n];
-      }
+      for (int64_t m = 0; m < rows; ++m)
+        table_.vector.add(y + m * columns, columns, w_.hidden + (first + m) * size + begin);
     });
   }
 
@@ -320,9 +314,9 @@ private:
       float* up = gate + rows * columns;
       multiply(gate_up, 0, begin, end, gate);
       multiply(gate_up, 1, begin, end, up);
-      table_.vector.swiglu(gate, up, rows * columns);
       for (int64_t m = 0; m < rows; ++m)
-        std::copy_n(gate + m * columns, columns, w_.activation + m * width + begin);
+        table_.vector.swiglu(gate + m * columns, up + m * columns, columns,
+                             w_.activation + m * width + begin);
     });
     residual(down, w_.activation, first, rows);
   }

@@ -11,29 +11,10 @@
 namespace q4metal::cpu {
 namespace {
 
-// The widest vectors of this instruction set.
-#ifndef Q4_WIDE_BYTES
-#define Q4_WIDE_BYTES 32
-#endif
-constexpr int kWide = Q4_WIDE_BYTES / 4;
-typedef float WideVec __attribute__((vector_size(Q4_WIDE_BYTES), aligned(4)));
-typedef int32_t WideInt __attribute__((vector_size(Q4_WIDE_BYTES), aligned(4)));
-
 // Queries at a time, two vectors; and keys, or columns of values, that meet them at a time.
 constexpr int kLaneQueries = 2 * kWide;
 constexpr int kMeet = kWide == 16 ? 8 : 4;
 static_assert(AttentionRows::kMostLanes % kLaneQueries == 0);
-
-Q4_INLINE WideVec load_wide(const float* p) { return *reinterpret_cast<const WideVec*>(p); }
-Q4_INLINE void store_wide(float* p, WideVec v) { *reinterpret_cast<WideVec*>(p) = v; }
-
-Q4_INLINE WideVec multiply_add_wide(WideVec a, float b, WideVec c) {
-#if Q4_WIDE_BYTES == 64
-  return (WideVec)_mm512_fmadd_ps((__m512)a, _mm512_set1_ps(b), (__m512)c);
-#else
-  return multiply_add(a, WideVec{} + b, c);
-#endif
-}
 
 Q4_INLINE void transpose8(Vec* v) {
   Vec a[8], b[8];
@@ -112,8 +93,8 @@ Q4_INLINE void score_keys(const float* query, const float* keys, int64_t dim,
     const WideVec b = load_wide(query + i * kLaneQueries + kWide);
     for (int j = 0; j < kKeys; ++j) {
       const float key = keys[j * dim + i];
-      sums[j][0] = multiply_add_wide(a, key, sums[j][0]);
-      sums[j][1] = multiply_add_wide(b, key, sums[j][1]);
+      sums[j][0] = multiply_add(a, splat_wide(key), sums[j][0]);
+      sums[j][1] = multiply_add(b, splat_wide(key), sums[j][1]);
     }
   }
   for (int j = 0; j < kKeys; ++j)
@@ -166,8 +147,8 @@ Q4_INLINE void weigh_lanes(const float (*weights)[kLaneQueries], const float* re
     const WideVec a = load_wide(weights[p]), b = load_wide(weights[p] + kWide);
     for (int i = 0; i < kColumns; ++i) {
       const float value = values[p * dim + i];
-      sums[i][0] = multiply_add_wide(a, value, sums[i][0]);
-      sums[i][1] = multiply_add_wide(b, value, sums[i][1]);
+      sums[i][0] = multiply_add(a, splat_wide(value), sums[i][0]);
+      sums[i][1] = multiply_add(b, splat_wide(value), sums[i][1]);
     }
   }
   for (int i = 0; i < kColumns; ++i)

@@ -3,6 +3,7 @@
 
 #include "../plan/plan.h"
 #include "float_types.h"
+#include "kernels.h"
 
 namespace q4metal::cpu {
 
@@ -41,14 +42,11 @@ struct TokenInputs {
 
   // Writes keys (part 0) or values (part 1) [head_dim] of row m.
   void append(const plan::Shape& shape, int layer, int part, int64_t head, int64_t m,
-              const float* values) const {
+              const float* values, const VectorKernels& vector) const {
     const int64_t position = positions[m], dim = shape.head_dim;
     std::byte* start = block(shape, layer, part, head, m, position / plan::kBlockPositions);
-    with_type(shape.kv_dtype, [&]<typename T>() {
-      T* out = reinterpret_cast<T*>(start) + position % plan::kBlockPositions * dim;
-      for (int64_t i = 0; i < dim; ++i)
-        out[i] = narrow<T>(values[i]);
-    });
+    const int64_t skipped = position % plan::kBlockPositions * dim * size_of(shape.kv_dtype);
+    vector.narrow(values, dim, shape.kv_dtype, start + skipped);
   }
 };
 

@@ -9,9 +9,17 @@
 namespace q4metal::cpu {
 namespace {
 
-constexpr VectorKernels vector_kernels = {
-    norm_gamma,      rope,           swiglu,         dense_matvec,
-    attention_split, attention_rows, attention_rows, attention_combine};
+constexpr VectorKernels vector_kernels = {norm_gamma,
+                                          scale,
+                                          add,
+                                          rope,
+                                          swiglu,
+                                          narrow_row,
+                                          dense_matvec,
+                                          attention_split,
+                                          attention_rows,
+                                          attention_rows,
+                                          attention_combine};
 
 } // namespace
 } // namespace q4metal::cpu

@@ -74,6 +74,24 @@ Q4_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
 #endif
 }
 
+// The widest vectors of this instruction set.
+#ifndef Q4_WIDE_BYTES
+#define Q4_WIDE_BYTES 32
+#endif
+constexpr int kWide = Q4_WIDE_BYTES / 4;
+typedef float WideVec __attribute__((vector_size(Q4_WIDE_BYTES), aligned(4)));
+typedef int32_t WideInt __attribute__((vector_size(Q4_WIDE_BYTES), aligned(4)));
+
+Q4_INLINE WideVec load_wide(const float* p) { return *reinterpret_cast<const WideVec*>(p); }
+Q4_INLINE void store_wide(float* p, WideVec v) { *reinterpret_cast<WideVec*>(p) = v; }
+Q4_INLINE WideVec splat_wide(float x) { return WideVec{} + x; }
+
+#if Q4_WIDE_BYTES == 64
+Q4_INLINE WideVec multiply_add(WideVec a, WideVec b, WideVec c) {
+  return (WideVec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+#endif
+
 Q4_INLINE Vec widen8(const float* p) { return load(p); }
 
 // Half or BFloat16.
@@ -108,7 +126,8 @@ template <int kBytes>
 Q4_INLINE typename Lanes<kBytes>::Float exp_lanes(typename Lanes<kBytes>::Float x) {
   using Float = typename Lanes<kBytes>::Float;
   return exponential<Float, typename Lanes<kBytes>::Int>(
-      x, [](Float a, Float b, Float c) __attribute__((always_inline)) { return a * b + c; });
+      x, [](Float a, Float b, Float c)
+             __attribute__((always_inline)) { return multiply_add(a, b, c); });
 }
 
 Q4_INLINE Vec exp8(Vec x) { return exp_lanes<sizeof(Vec)>(x); }
@@ -133,26 +152,77 @@ float norm_gamma(const float* x, const float* gamma, int64_t n, float eps, float
   return 1.0f / std::sqrt(total / float(n) + eps);
 }
 
-// Rotates one head in halves, i and i + dim / 2 together: x cos + (x with its halves exchanged)
-// sin. The sines come signed, negative in the first half.
-void rope(float* head, const float* cos, const float* sin, int64_t dim) {
-  const int64_t half = dim / 2;
-  for (int64_t i = 0; i < half; ++i) {
-    const float a = head[i], b = head[i + half];
-    head[i] = a * cos[i] + b * sin[i];
-    head[i + half] = b * cos[i + half] + a * sin[i + half];
-  }
+void scale(float* x, float factor, int64_t n) {
+  for (int64_t i = 0; i < n; ++i)
+    x[i] *= factor;
 }
 
-// gate = silu(gate) * up.
-void swiglu(float* gate, const float* up, int64_t n) {
+void add(const float* x, int64_t n, float* out) {
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) {
-    const Vec g = load(gate + i);
-    store(gate + i, g / (1.0f + exp8(-g)) * load(up + i));
+  for (; i + kWide <= n; i += kWide)
+    store_wide(out + i, load_wide(out + i) + load_wide(x + i));
+  for (; i < n; ++i)
+    out[i] += x[i];
+}
+
+// Rotates one head in halves, i and i + dim / 2 together: x cos + (x with its halves exchanged)
+// sin. The sines come signed, negative in the first half.
+void rope(const float* head, const float* cos, const float* sin, int64_t dim, float* out) {
+  const int64_t half = dim / 2;
+  const auto rotate = [&]<typename T>(const T& load_at, int64_t i, const auto& store_at) {
+    const auto a = load_at(head + i), b = load_at(head + i + half);
+    store_at(out + i, a * load_at(cos + i) + b * load_at(sin + i));
+    store_at(out + i + half, b * load_at(cos + i + half) + a * load_at(sin + i + half));
+  };
+  int64_t i = 0;
+  for (; i + kWidth <= half; i += kWidth)
+    rotate([](const float* p) { return load(p); }, i, [](float* p, Vec v) { store(p, v); });
+  for (; i < half; ++i)
+    rotate([](const float* p) { return *p; }, i, [](float* p, float v) { *p = v; });
+}
+
+void swiglu(const float* gate, const float* up, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + kWide <= n; i += kWide) {
+    const WideVec g = load_wide(gate + i);
+    store_wide(out + i, g / (1.0f + exp_lanes<Q4_WIDE_BYTES>(-g)) * load_wide(up + i));
   }
   for (; i < n; ++i)
-    gate[i] = gate[i] / (1.0f + exp1(-gate[i])) * up[i];
+    out[i] = gate[i] / (1.0f + exp1(-gate[i])) * up[i];
+}
+
+Q4_INLINE void narrow8(Vec v, float* out) { store(out, v); }
+
+Q4_INLINE void narrow8(Vec v, Half* out) {
+#if defined(Q4_AVX2)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtps_ph((__m256)v, 0)); // to nearest
+#elif defined(__aarch64__)
+  const float16x8_t halves = vcvt_high_f16_f32(vcvt_f16_f32(low_half(v)), high_half(v));
+  std::memcpy(out, &halves, sizeof halves);
+#else
+  for (int i = 0; i < kWidth; ++i)
+    out[i] = narrow<Half>(v[i]);
+#endif
+}
+
+Q4_INLINE void narrow8(Vec v, BFloat16* out) {
+  const IntVec bits = (IntVec)v;
+  const IntVec rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const IntVec upper = (v == v ? rounded >> 16 : bits >> 16 | 0x40) & 0xffff;
+  typedef uint16_t Shorts __attribute__((vector_size(16)));
+  const Shorts shorts = __builtin_convertvector(upper, Shorts);
+  std::memcpy(out, &shorts, sizeof shorts);
+}
+
+void narrow_row(const float* x, int64_t n, DType dtype, void* out) {
+  with_type(dtype, [&]<typename T>() {
+    auto* to = static_cast<T*>(out);
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth)
+      narrow8(load(x + i), to + i);
+    for (; i < n; ++i)
+      to[i] = narrow<T>(x[i]);
+  });
 }
 
 // The eight partial sums of x . w over the whole vectors of n.

@@ -53,7 +53,7 @@ void check_rope(const VectorKernels& kernels, int64_t dim, Random& random, Repor
   std::vector<double> wanted(dim);
   for (int64_t i = 0; i < dim; ++i)
     wanted[i] = double(head[i]) * cos[i] + double(head[(i + dim / 2) % dim]) * sin[i];
-  kernels.rope(head.get(), cos.get(), sin.get(), dim);
+  kernels.rope(head.get(), cos.get(), sin.get(), dim, head.get());
   report.check(relative_error(head.get(), wanted.data(), dim) <= kBound, sized("rope", dim));
 }
 
@@ -65,7 +65,7 @@ void check_swiglu(const VectorKernels& kernels, int64_t size, Random& random, Re
   std::vector<double> wanted(size);
   for (int64_t i = 0; i < size; ++i)
     wanted[i] = gate[i] / (1 + std::exp(-double(gate[i]))) * up[i];
-  kernels.swiglu(gate.get(), up.get(), size);
+  kernels.swiglu(gate.get(), up.get(), size, gate.get());
   report.check(relative_error(gate.get(), wanted.data(), size) <= kBound, sized("swiglu", size));
 }
 
@@ -79,6 +79,34 @@ Bytes narrowed(float* values, int64_t count, DType dtype) {
     values[i] = widen_at(bytes.data(), dtype, i);
   }
   return bytes;
+}
+
+void check_narrow(const VectorKernels& kernels, DType dtype, int64_t size, Random& random,
+                  Report& report) {
+  Floats x = normal(size, random);
+  for (int64_t i = 0; i < size; ++i) // subnormal and too large for either dtype, too
+    x[i] = i % 11 == 5 ? std::numeric_limits<float>::infinity()
+                       : std::ldexp(x[i], int(i * 37 % 290) - 150);
+  Bytes got(size * size_of(dtype), 0);
+  kernels.narrow(x.get(), size, dtype, got.data());
+  const Bytes wanted = narrowed(x.get(), size, dtype);
+  report.check(std::memcmp(got.data(), wanted.data(), size * size_of(dtype)) == 0,
+               sized("narrow", size));
+
+  x[size - 1] = std::numeric_limits<float>::quiet_NaN();
+  kernels.narrow(x.get(), size, dtype, got.data());
+  report.check(std::isnan(widen_at(got.data(), dtype, size - 1)), sized("narrow NaN", size));
+}
+
+void check_scale_and_add(const VectorKernels& kernels, int64_t size, Random& random,
+                         Report& report) {
+  const Floats x = normal(size, random);
+  Floats got = normal(size, random), wanted = floats(size);
+  for (int64_t i = 0; i < size; ++i)
+    wanted[i] = got[i] * 0.3f + x[i];
+  kernels.scale(got.get(), 0.3f, size);
+  kernels.add(x.get(), size, got.get());
+  report.check(same_bits(got.get(), wanted.get(), size), sized("scale and add", size));
 }
 
 void check_dense(const VectorKernels& kernels, DType dtype, int64_t columns, Random& random,
@@ -230,8 +258,11 @@ void check_vector_kernels(const KernelTable& table, Report& report) {
   for (const int64_t size : {1, 7, 8, 31, 33, 64, 576, 896}) {
     check_norm(kernels, size, random, report);
     check_swiglu(kernels, size, random, report);
-    for (const DType dtype : kDTypes)
+    check_scale_and_add(kernels, size, random, report);
+    for (const DType dtype : kDTypes) {
+      check_narrow(kernels, dtype, size, random, report);
       check_dense(kernels, dtype, size, random, report);
+    }
   }
   for (const int64_t dim : {2, 64, 80, 128})
     check_rope(kernels, dim, random, report);

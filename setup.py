@@ -101,8 +101,8 @@ class BuildWithStamp(BuildExtension):
     """
 
     def finalize_options(self) -> None:
+        self.build_temp = self.build_temp or str(ROOT / "build" / "objects")
         super().finalize_options()
-        self.build_temp = str(ROOT / "build" / "objects")
 
     def run(self) -> None:
         super().run()

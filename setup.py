@@ -100,9 +100,9 @@ class BuildWithStamp(BuildExtension):
     build compiles what has changed, and the test of the kernel tables links them.
     """
 
-    def finalize_options(self) -> None:
-        self.build_temp = self.build_temp or str(ROOT / "build" / "objects")
-        super().finalize_options()
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.build_temp = str(ROOT / "build" / "objects")  # unless --build-temp is given
 
     def run(self) -> None:
         super().run()

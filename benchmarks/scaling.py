@@ -1,4 +1,4 @@
-"""How speed scales: ``python benchmarks/scaling.py``. Four parts, --parts chooses:
+"""How speed scales: ``python benchmarks/scaling.py``. Five parts, --parts chooses:
 
     threads   tok/s with 1, 2, 4, 8 and 16 threads, as far as there are CPUs; the tokens must be the
               same with any number
@@ -8,6 +8,9 @@
     start     seconds from the start of a process to its first token, the file in the page cache
     rows      8 texts decoded together against one, for us and for llama.cpp; ours must draw the
               tokens that each text alone draws
+    probe     GB/s of weights that decoding reads and that a plain read of as many bytes reads, some
+              tokens and some reads in turn: memory that others use too is fast one minute and slow
+              the next
 
 Each part measures in interleaved rounds; medians count. Writes benchmarks/results/<date>-<cpu>-
 scaling.md and .json.
@@ -25,14 +28,15 @@ from typing import Any
 import machine
 import numpy as np
 from compare import add_common_options, engine_environment, engine_list, random_prompt
-from engines import ENGINES, EngineKind, Worker, settle
+from engines import ENGINES, REFERENCE, EngineKind, Worker, settle
 from models import parse_models, write_model
 from peers import set_up
 from shapes import SHAPES, SMOLLM2, TITLES
 
-PARTS = ("threads", "context", "start", "rows")
+PARTS = ("threads", "context", "start", "rows", "probe")
 ROWS = 8
 ROW_PROMPT = 32
+PROBE_ROUNDS = 20
 _FIRST_TOKEN = """
 import sys, torch
 torch.set_num_threads({threads})
@@ -185,6 +189,50 @@ class Scaling:
                     f"| {TITLES[model]} | {ENGINES[name].title} | {_median(one)} | {_median(eight)}"
                     f" | {_median(ratios)} |"
                 )
+        return lines
+
+    def _probe(self) -> list[str]:
+        lines = ["## Beside a plain read of as many bytes", ""]
+        lines += ["| model | precision | tok/s | weights, GB/s | read, GB/s | share |"]
+        lines += ["|---|---|---|---|---|---|"]
+        kind, threads = ENGINES["ours"], self.options.threads
+        for model in self.options.models:
+            path = str(write_model(self.options.folder, model, kind.format))
+            prompt = random_prompt(model, ROW_PROMPT)
+            answers = {}
+            for precision in ("fast", "int8"):
+                cores = self.options.cores or machine.choose_cores(threads)
+                environment = engine_environment(kind, self.options.kernels)
+                with Worker(kind, cores, environment) as worker:
+                    answers[precision] = answer = worker.ask(
+                        "share_of_probe",
+                        path=path,
+                        threads=threads,
+                        precision=precision,
+                        prompt=prompt,
+                        rounds=PROBE_ROUNDS,
+                    )
+                seconds = statistics.median(answer["seconds"])
+                rate = answer["weight_bytes"] / 1e9 / seconds
+                read = answer["weight_bytes"] / 1e9 / min(map(statistics.median, answer["reads"]))
+                self._keep("probe", model=model, precision=precision, **answer)
+                lines.append(
+                    f"| {TITLES[model]} | {precision} | {1 / seconds:.1f} | {rate:.1f}"
+                    f" | {read:.1f} | {rate / read:.2f} |"
+                )
+            with Worker(REFERENCE, None) as worker:
+                verdict = worker.ask(
+                    "judge",
+                    path=path,
+                    threads=os.cpu_count(),
+                    prompt=prompt,
+                    answers=[answer["ids"] for answer in answers.values()],
+                )
+            for precision, gap in zip(answers, verdict["gaps"]):
+                bound = ENGINES["ours" if precision == "fast" else "ours-int8"].largest_gap
+                if bound is not None and gap > bound:
+                    name = f"{TITLES[model]}, {precision}"
+                    self.problems.append(f"{name}: a token is {gap:.3f} behind the first choice")
         return lines
 
     def _check_rows(

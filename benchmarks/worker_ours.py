@@ -141,9 +141,30 @@ def _beginning(whole: Sequence, length: int) -> Sequence:
     return text
 
 
+def share_of_probe(
+    path: str, threads: int, precision: str, prompt: list[int], rounds: int
+) -> dict[str, Any]:
+    """Seconds of two tokens and of plain reads of as many bytes in two ways, in turn."""
+    torch.set_num_threads(threads)
+    model = load_model(path, precision=precision, max_kv_size=len(prompt) + 2 * rounds + 2)
+    weights = weight_bytes_per_token(model)
+    steps = generate_step(prompt, model, max_tokens=2 * rounds + 2, logprobs=False)
+    ids = [next(steps)[0], next(steps)[0]]
+    seconds: list[float] = []
+    reads: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for prefetch, taken in enumerate(reads):
+            taken += ops.read_probe(weights, threads, 2, bool(prefetch))
+        for _ in range(2):
+            begin = time.perf_counter()
+            ids.append(next(steps)[0])
+            seconds.append(time.perf_counter() - begin)
+    return {"ids": ids, "seconds": seconds, "reads": reads, "weight_bytes": weights}
+
+
 def probe(threads: int) -> dict[str, float]:
     return {"gb_s": read_probe_gb_s(threads)}
 
 
 if __name__ == "__main__":
-    serve(Ours, judge=judge, contexts=contexts, probe=probe)
+    serve(Ours, judge=judge, contexts=contexts, share_of_probe=share_of_probe, probe=probe)

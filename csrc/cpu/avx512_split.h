@@ -50,12 +50,16 @@ template <int kFieldCount, int kGroup, Precision kPrecision> struct Step {
   }
 };
 
-// For the scales and biases of groups some rows ahead: two streams beside that of the codes.
-Q4_INLINE void prefetch_groups(const PackedMatrix& w, int64_t group) {
-  constexpr int64_t kGroupsAhead = 512;
-  const int64_t ahead = (group + kGroupsAhead) * int64_t(size_of(w.scales_dtype));
-  prefetch_line(static_cast<const std::byte*>(w.scales) + ahead);
-  prefetch_line(static_cast<const std::byte*>(w.biases) + ahead);
+// How far ahead a thread asks for what it reads: codes, and the scales and biases of groups, two
+// streams beside that of the codes.
+struct Ahead {
+  int64_t bytes = kPrefetchAhead, groups = 512;
+};
+
+Q4_INLINE void prefetch_groups(const PackedMatrix& w, int64_t group, Ahead ahead = {}) {
+  const int64_t at = (group + ahead.groups) * int64_t(size_of(w.scales_dtype));
+  prefetch_line(static_cast<const std::byte*>(w.scales) + at);
+  prefetch_line(static_cast<const std::byte*>(w.biases) + at);
 }
 
 // Codes of field 0 or 1.
@@ -94,10 +98,10 @@ public:
   explicit RowCodes(const PackedMatrix& w)
       : unpack_(unpack_codes_of(w.bits)), step_bytes_(S::kColumns * w.bits / 8) {}
 
-  Q4_INLINE const uint8_t* step(const uint8_t* packed, int64_t columns) {
+  Q4_INLINE const uint8_t* step(const uint8_t* packed, int64_t columns, Ahead ahead = {}) {
     if constexpr (kDirect)
       return packed;
-    prefetch_lines(packed + kPrefetchAhead, step_bytes_);
+    prefetch_lines(packed + ahead.bytes, step_bytes_);
     if (columns < S::kColumns)
       std::memset(bytes_, 0, sizeof bytes_);
     unpack_(packed, std::min(columns, S::kColumns), bytes_);

@@ -31,8 +31,9 @@ bool test(const LinkedTable& linked, bool quick) {
   uint32_t seed = 0;
   for (const Case& c : pairwise_cases(quick ? kQuick : kAll))
     check_products(table, c, ++seed, report);
-  if (!quick) // wider than any int32 or float sum of one block
-    check_products(table, {{4, 64, DType::f16, 18944, 3}, 4, 9}, ++seed, report);
+  // Wider than any int32 or float sum of one block, and than what L1 holds of x.
+  check_products(table, {{4, 64, DType::f16, 18944, 7}, 4, 9}, ++seed, report);
+  check_products(table, {{3, 32, DType::bf16, 9632, 6}, 2, 9}, ++seed, report);
   check_largest_sums(table, report);
   check_vector_kernels(table, report);
   std::printf("%s: %s (%s), %lld cases, %lld checks, %lld failed\n", table.name,

@@ -111,10 +111,10 @@ struct Timing {
 } // namespace
 
 void time_table(const KernelTable& table, const TimingOptions& options) {
-  const Shape shapes[] = {{options.bits, 64, DType::f16, 896, 4864},
-                          {options.bits, 64, DType::f16, 4864, 896},
-                          {options.bits, 64, DType::f16, 3584, 18944},
-                          {options.bits, 32, DType::f16, 576, 1536}};
+  const Shape shapes[] = {
+      {options.bits, 64, DType::f16, 896, 4864},   {options.bits, 64, DType::f16, 4864, 896},
+      {options.bits, 64, DType::f16, 3584, 18944}, {options.bits, 64, DType::f16, 18944, 3584},
+      {options.bits, 64, DType::f16, 8960, 1536},  {options.bits, 32, DType::f16, 576, 1536}};
   std::printf("%s: GB/s of weights at 1..8 rows, GFLOP/s at 128 and 512\n", table.name);
   for (const Shape& shape : shapes) {
     constexpr int64_t kMostRows = 512;

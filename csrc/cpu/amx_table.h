@@ -33,8 +33,8 @@ KernelTable with_tiles(const KernelTable& base, const char* name) {
   table.name = name;
   table.matvec_of[int(Precision::fast)] = rows_kernel<Precision::fast>;
   table.matvec_of[int(Precision::int8)] = rows_kernel<Precision::int8>;
-  table.gemm_of[int(Precision::fast)] = {packed_x_bytes, pack_x, run_gemm};
-  table.gemm_of[int(Precision::int8)] = {packed_x_bytes, pack_x, run_gemm};
+  table.gemm_of[int(Precision::fast)] = {packed_x_bytes, pack_x, run_gemm, gemm_piece};
+  table.gemm_of[int(Precision::int8)] = table.gemm_of[int(Precision::fast)];
   vector_attention_rows = base.vector.fast_attention_rows;
   table.vector.fast_attention_rows = attend_rows;
   return table;

@@ -58,6 +58,14 @@ public:
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(kTile) : "memory");
   }
 
+  // The same for what passes by: it takes less room in the L1 cache.
+  template <int kTile> Q4_INLINE void load_once(const void* from) {
+    asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2"
+                 :
+                 : "r"(from), "r"(int64_t(kTileRowBytes)), "i"(kTile)
+                 : "memory");
+  }
+
   template <int kTile> Q4_INLINE void store(void* to, int64_t stride = kTileRowBytes) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(kTile) : "memory");
   }
@@ -90,6 +98,8 @@ public:
       std::memcpy(tiles_[kTile] + r * kTileRowBytes,
                   static_cast<const std::byte*>(from) + r * stride, shapes_.row_bytes[kTile]);
   }
+
+  template <int kTile> void load_once(const void* from) { load<kTile>(from); }
 
   template <int kTile> void store(void* to, int64_t stride = kTileRowBytes) const {
     for (int r = 0; r < shapes_.rows[kTile]; ++r)

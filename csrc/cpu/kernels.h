@@ -31,6 +31,10 @@ struct MatvecKernel {
 
 constexpr int64_t kMaxMatvecRows = 8;
 
+// Output features of a GEMM: whole tiles of every instruction set, and 512 rows of them are 128 KB,
+// which stay in the L2 cache for what follows the product.
+constexpr int64_t kGemmPiece = 64;
+
 // A product of any number of rows of x with W^T, in the same two steps.
 struct GemmKernel {
   // Bytes that `prepare` writes for `rows` rows; may be 0.
@@ -42,6 +46,10 @@ struct GemmKernel {
   // y[:, begin:end); y [rows, N]. A row does not depend on `rows`, nor a column on begin and end.
   void (*run)(const PackedMatrix& w, const float* x, const std::byte* prepared, int64_t rows,
               float* y, int64_t begin, int64_t end);
+  // Output features that a thread should take at a time.
+  int64_t (*piece)(const PackedMatrix& w, int64_t rows) = [](const PackedMatrix&, int64_t) {
+    return kGemmPiece;
+  };
 };
 
 constexpr int64_t kRowStep = 32;

@@ -73,9 +73,6 @@ void run_matvec(const MatvecKernel& kernel, const PackedMatrix& w, const float* 
       [&](int64_t begin, int64_t end) { kernel.run(w, prepared, rows, y, begin, end); });
 }
 
-// Output features a thread takes at a time in a GEMM: whole tiles of every instruction set.
-constexpr int64_t kGemmPiece = 48;
-
 void run_gemm(const GemmKernel& kernel, const PackedMatrix& w, const float* x, int64_t rows,
               float* y) {
   const Scratch scratch(kernel.prepared_bytes(w, rows));
@@ -84,7 +81,7 @@ void run_gemm(const GemmKernel& kernel, const PackedMatrix& w, const float* x, i
   parallel_pieces(threads, rows, kRowStep, [&](int64_t first, int64_t last) {
     kernel.prepare(w, x, rows, first, last, prepared);
   });
-  parallel_pieces(threads, w.out_features, kGemmPiece, [&](int64_t begin, int64_t end) {
+  parallel_pieces(threads, w.out_features, kernel.piece(w, rows), [&](int64_t begin, int64_t end) {
     kernel.run(w, x, prepared, rows, y, begin, end);
   });
 }

@@ -17,10 +17,6 @@ using plan::Segment;
 using plan::Step;
 using plan::StepKind;
 
-// Output features a thread takes at a time: whole tiles of every instruction set, and 512 rows of
-// them are 128 KB, which stay in the L2 cache for what follows the product.
-constexpr int64_t kPiece = 64;
-
 // The wide rows between gate/up and down: so many bytes of them, in float32 and prepared.
 constexpr int64_t kActivationBytes = 32 << 20;
 
@@ -58,6 +54,7 @@ struct Prefill::Workspace {
   AlignedMemory shared, scratch;
   int64_t rows = 0; // that there is room for
   int threads = 0;
+  int64_t piece = 0;                // the most output features that a thread takes at a time
   float *hidden, *normed, *queries; // [rows, ...]; attention puts its results in the queries' place
   float* activation;                // of the MLP's part of the rows
   std::byte* prepared;
@@ -133,12 +130,20 @@ private:
     return most;
   }
 
+  // Output features that a thread takes at a time.
+  int64_t piece(const Step& step, int64_t rows) const {
+    const PackedMatrix* w = packed(step, 0);
+    return w == nullptr ? kGemmPiece : gemm_.piece(*w, rows);
+  }
+
   void reserve(const plan::Plan& plan) {
     if (in_.rows > w_.rows) {
       w_.rows = in_.rows;
       w_.threads = 0;
+      w_.piece = 0;
       int64_t prepared = 0;
       for (const Step& step : plan.steps) {
+        w_.piece = std::max(w_.piece, piece(step, w_.rows));
         int64_t bytes = 0;
         for (size_t s = 0; s < step.segments.size() && step.kind != StepKind::embed; ++s)
           if (const PackedMatrix* w = packed(step, s))
@@ -160,7 +165,7 @@ private:
       w_.threads = threads_;
       const int64_t attention = AttentionRows::scratch_floats(
           tile_rows(), shape_.heads / shape_.kv_heads, shape_.head_dim);
-      const int64_t products = 2 * w_.rows * std::max(kPiece, shape_.head_dim);
+      const int64_t products = 2 * w_.rows * std::max(w_.piece, shape_.head_dim);
       w_.scratch_floats = std::max(attention, products) + int64_t(kAlign);
       w_.scratch.allocate(threads_ * w_.scratch_floats * sizeof(float));
     }
@@ -298,7 +303,7 @@ private:
   void residual(const Step& step, const float* x, int64_t first, int64_t rows) {
     const int64_t size = shape_.hidden_size;
     prepare(step, x, first, rows);
-    parallel(size, kPiece, [&](int64_t begin, int64_t end, float* y) {
+    parallel(size, piece(step, rows), [&](int64_t begin, int64_t end, float* y) {
       const int64_t columns = end - begin;
       multiply(step, 0, begin, end, y);
       for (int64_t m = 0; m < rows; ++m)
@@ -309,7 +314,7 @@ private:
   void mlp(const Step& gate_up, const Step& down, int64_t first, int64_t rows) {
     const int64_t width = shape_.intermediate_size;
     prepare(gate_up, w_.normed, first, rows);
-    parallel(width, kPiece, [&](int64_t begin, int64_t end, float* gate) {
+    parallel(width, piece(gate_up, rows), [&](int64_t begin, int64_t end, float* gate) {
       const int64_t columns = end - begin;
       float* up = gate + rows * columns;
       multiply(gate_up, 0, begin, end, gate);
@@ -327,7 +332,7 @@ private:
       return;
     const int64_t vocabulary = shape_.vocab_size, first = in_.rows - in_.out_rows;
     prepare(step, w_.normed, first, in_.out_rows);
-    parallel(vocabulary, kPiece, [&](int64_t begin, int64_t end, float* y) {
+    parallel(vocabulary, piece(step, in_.out_rows), [&](int64_t begin, int64_t end, float* y) {
       const int64_t columns = end - begin;
       multiply(step, 0, begin, end, y);
       for (int64_t m = 0; m < rows_; ++m)

@@ -95,15 +95,16 @@ struct Timing {
   double gemm(Precision p, int64_t rows, int threads) {
     const GemmKernel& kernel = table.gemm(p);
     const Prepared prepared(kernel.prepared_bytes(weights.matrices[0], rows));
-    constexpr int64_t kPiece = 64; // as prompts do
     return best_seconds([&] {
       const PackedMatrix& w = matrix();
       parallel_pieces(threads, rows, kRowStep, [&](int64_t first, int64_t last) {
         kernel.prepare(w, x, rows, first, last, prepared.data());
       });
-      parallel_pieces(threads, w.out_features, kPiece, [&](int64_t begin, int64_t end) {
-        kernel.run(w, x, prepared.data(), rows, y, begin, end);
-      });
+      // As prompts do.
+      parallel_pieces(threads, w.out_features, kernel.piece(w, rows),
+                      [&](int64_t begin, int64_t end) {
+                        kernel.run(w, x, prepared.data(), rows, y, begin, end);
+                      });
     });
   }
 };

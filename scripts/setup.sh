@@ -84,7 +84,7 @@ step_torch() {
 
 step_package() {
     check_compiler
-    echo "Building torch_q4metal (about a minute) ..."
+    echo "Building torch_q4metal (one to three minutes) ..."
     pip install -q "setuptools>=77" "ninja>=1.11" "pybind11>=3.0"
     pip install -q --no-build-isolation -e .
     touch "$VENV/.package"

@@ -96,15 +96,21 @@ private:
   alignas(64) uint8_t unpacked_[kLanes][kWidestBlock];
 };
 
-// body(k, columns, n) for tiles of features [begin, end), from n on, and blocks of columns, from k
-// on.
-template <typename Body>
+// For tiles of features [begin, end), from n on, and blocks of columns, from k on: expands W into
+// `panel`, 16 features at a time, then body(k, columns, n, features).
+template <typename Panel, typename Body>
 void for_blocks(const PackedMatrix& w, int64_t block, int64_t begin, int64_t end,
-                const Body& body) {
+                void (*expand)(const PackedMatrix&, Features, int64_t, int64_t, int, Panel&),
+                Panel& panel, const Body& body) {
   for (int64_t first = begin; first < end; first += kFeaturesAtATime)
     for (int64_t k = 0; k < w.in_features; k += block)
-      for (int64_t n = first; n < std::min(first + kFeaturesAtATime, end); n += kTile)
-        body(k, std::min(block, w.in_features - k), n);
+      for (int64_t n = first; n < std::min(first + kFeaturesAtATime, end); n += kTile) {
+        const int64_t columns = std::min(block, w.in_features - k);
+        const int64_t features = std::min(kTile, end - n);
+        for (int64_t i = 0; i < features; i += kLanes)
+          expand(w, {n + i, end}, k, columns, int(i / kLanes), panel);
+        body(k, columns, n, features);
+      }
 }
 
 } // namespace

@@ -220,11 +220,8 @@ void Avx512Gemm<Precision::int8>::run(const PackedMatrix& w, const float*,
   Panel& panel = thread_panel; // its address is computed once
   const auto expand_vector = w.bits == 4 ? expand<fields_of(4)> : expand<fields_of(8)>;
   const Quad layout(w);
-  for_blocks(w, layout.block, begin, end, [&](int64_t k, int64_t columns, int64_t n) {
+  const auto multiply = [&](int64_t k, int64_t columns, int64_t n, int64_t features) {
     const int64_t block = k / layout.block, pairs = block * layout.pairs * kQuad;
-    const int64_t features = std::min(kTile, end - n);
-    for (int64_t i = 0; i < features; i += kLanes)
-      expand_vector(w, {n + i, end}, k, columns, int(i / kLanes), panel);
     const Block b{&panel,
                   layout.codes(prepared) + k / kCodes * kQuad,
                   layout.starts(prepared) + k / w.group_size * kQuad,
@@ -241,7 +238,8 @@ void Avx512Gemm<Precision::int8>::run(const PackedMatrix& w, const float*,
                   w.out_features,
                   k > 0};
     features > kLanes ? run_block<2>(b) : run_block<1>(b);
-  });
+  };
+  for_blocks(w, layout.block, begin, end, expand_vector, panel, multiply);
 }
 
 } // namespace q4metal::cpu

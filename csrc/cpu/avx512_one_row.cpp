@@ -3,8 +3,8 @@
 //
 // Rows of W follow one another, unless x is longer than what L1 holds beside them (32 KB on Zen 4):
 // then a step of x meets four rows of W, so that x comes from L2 for every fourth of them. K =
-// 18944, 41 KB of x in fast precision: 11.5 GB/s of weights -> 23 (one thread of Zen 4, from
-// memory), 22 -> 32 (two; a plain read does 34).
+// 18944, 41 KB of x in fast precision: 11.3 GB/s of weights -> 28 (one thread of Zen 4, from
+// memory), 22 -> 33 (two; a plain read does 34).
 #include "avx512_split.h"
 
 namespace q4metal::cpu {

@@ -1,5 +1,6 @@
 """`python -m torch_q4metal.cluster`: its key, its processes, and what they listen on."""
 
+import re
 import stat
 import subprocess
 
@@ -94,6 +95,8 @@ def test_three_processes(tmp_path):
             ZmqTransport(2, 3, ranks.address, new_key(), join_timeout=20)
         # Its address is part of it unless libzmq closed the connection before it could be read.
         ranks.wait_for(0, ": it has another key or none")
+        said = "".join(ranks.errors[0])
+        assert re.search(r"refused a connection( from 127\.0\.0\.1)?: it has another key", said)
         ranks.start(2)
         session = open_session(
             ModelOptions(str(path)), SamplingOptions(), max_tokens=12, quiet=True

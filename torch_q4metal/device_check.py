@@ -6,19 +6,23 @@ against float64 (reference.py, known_answers.py).
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from . import _extension, known_answers, ops, reference
 from .cache import BLOCK
-from .host_view import host_view
+from .device_weights import DeviceWeights
 from .known_answers import NORM_EPS, Material, relative_error
 from .model_formats import Format, LayerFormats, ModelFormats
 from .models.base import MATVEC_ROWS
+from .safetensors_header import read_header
 from .self_check import SelfCheckError, check
 
 DTYPES = reference.FLOAT_DTYPES
@@ -65,17 +69,22 @@ def check_mps(formats: Iterable[Format] = (*FORMATS, *DENSE)) -> Iterator[Row]:
 
 
 def check_loading() -> Row:
-    """Whether the GPU sees what the host writes into its buffers, which is how weights are read."""
-    name = "mps loading"
-    written = torch.arange(1 << 16).to(torch.uint8)
-    buffer = torch.zeros(len(written), dtype=torch.uint8, device="mps")
-    with host_view(buffer) as memory:
-        if memory is None:
-            return Row(name, True, "through staging: torch gives the host no view of GPU memory")
-        memory[: len(written)] = written.numpy().data
-    if torch.equal(buffer.cpu(), written):
-        return Row(name, True, "weights are read straight into GPU memory")
-    return Row(name, False, "the GPU does not see what the host writes into its memory")
+    """Whether weights arrive on the GPU: of a whole file as safetensors reads it, and of a part."""
+    written = {name: torch.arange(i, i + 4096).view(64, 64) for i, name in enumerate("abc")}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "known.safetensors"
+        save_file(written, file)
+        infos = read_header(file)
+        wrong = [
+            f"{name} of {', '.join(names)}"
+            for names in ("abc", "b")
+            for weights in [DeviceWeights({n: infos[n] for n in names}, torch.device("mps"))]
+            for name in names
+            if not torch.equal(weights.tensor(name).cpu(), written[name])
+        ]
+    if wrong:
+        return Row("mps loading", False, f"other bytes arrive on the GPU: {'; '.join(wrong)}")
+    return Row("mps loading", True, "whole files and parts of them arrive on the GPU")
 
 
 def check_metal_plans(formats: Iterable[Format]) -> Iterator[Row]:

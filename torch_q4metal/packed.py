@@ -91,7 +91,8 @@ def load_packed(
         plan = _Plan(module, checkpoint, prefix)
         size = sum(checkpoint.info(name).nbytes for name in plan.names)
         if place.type != "cpu":
-            tensor_of = DeviceWeights(checkpoint, plan.names, place).tensor
+            infos = {name: checkpoint.info(name) for name in plan.names}
+            tensor_of = DeviceWeights(infos, place).tensor
         elif huge_pages.are_worthwhile(size):
             tensor_of = huge_pages.HugePageWeights(checkpoint, plan.names).tensor
         else:

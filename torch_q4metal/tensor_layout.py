@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .safetensors_header import TensorInfo
@@ -27,7 +28,7 @@ def aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def arrange(infos: dict[str, TensorInfo], limit: int | None = None) -> dict[str, Place]:
+def arrange(infos: Mapping[str, TensorInfo], limit: int | None = None) -> dict[str, Place]:
     """Places by name, in the order of the files.
 
     ``limit``: bytes of a buffer, None for one buffer; they get about equally large, and one with a

@@ -3,13 +3,15 @@
 setup.py itself runs as if on a Mac (darwin_build.py), against the macOS wheel of the torch that
 scripts/setup.sh pins and against the newest one. Then every symbol must be one that torch, the
 system or Python has, and every Objective-C message one that pyobjc or metal-cpp knows: the stub
-headers are ours, those lists are not. Downloads and objects are kept in build/macos.
+headers are ours, those lists are not. And safetensors' macOS wheel has to hold what weights are
+loaded with. Downloads and objects are kept in build/macos.
 """
 
 import re
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import cross_compiler
@@ -17,7 +19,9 @@ from macho import MachO
 
 ROOT, BUILD = cross_compiler.ROOT, cross_compiler.BUILD
 WHEELS = BUILD / "wheels"
-PRIVATE_NAMES = ("_mps_host_alias_storage", "_mps_maxBufferLength")
+PRIVATE_NAMES = ("_mps_maxBufferLength",)
+# Messages of safetensors' functions that read into memory of the GPU; elsewhere it copies.
+SAFETENSORS_TEXTS = ("MTLBuffer alloc for slice", "pread for slice")
 
 
 class LinkError(RuntimeError):
@@ -26,11 +30,11 @@ class LinkError(RuntimeError):
 
 def download(requirement: str) -> Path:
     """The macOS wheel of ``requirement``, fetched if it is not there yet."""
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
     platforms = [f"--platform=macosx_{v}" for v in ("14_0_arm64", "11_0_arm64", "10_9_universal2")]
     command = [
         sys.executable, "-m", "pip", "--disable-pip-version-check", "download", requirement,
-        *platforms, f"--python-version={version}", "--no-deps", "--only-binary=:all:",
+        *platforms, f"--python-version={python}", "--no-deps", "--only-binary=:all:",
         f"--dest={WHEELS}",
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -93,6 +97,16 @@ def check_private_names(torch: Path) -> None:
         raise LinkError(f"torch._C has no {', '.join(missing)}")
 
 
+def check_safetensors(wheel: Path) -> None:
+    """That this safetensors, on a Mac, reads tensors and slices to where the GPU does."""
+    with zipfile.ZipFile(wheel) as archive:
+        library = next(name for name in archive.namelist() if name.endswith(".so"))
+        content = archive.read(library)
+    missing = [text for text in SAFETENSORS_TEXTS if text.encode() not in content]
+    if missing:
+        raise LinkError(f"{wheel.name} does not read into GPU memory: no {', '.join(missing)}")
+
+
 def known_messages(pyobjc: Path, mlx: Path) -> set[str]:
     """Objective-C messages that two independent lists have: pyobjc's metadata and metal-cpp."""
     with zipfile.ZipFile(pyobjc) as archive:
@@ -135,6 +149,9 @@ def main() -> None:
     pyobjc = download("pyobjc-framework-Metal")
     messages = known_messages(pyobjc, download("mlx-metal"))
     print(f"stub headers: {check_constants(pyobjc)} constants have Metal's values", flush=True)
+    shards = download(f"safetensors=={version('safetensors')}")
+    check_safetensors(shards)
+    print(f"{shards.name}: reads tensors and slices into GPU memory", flush=True)
     for requirement in (f"torch=={pinned[1]}", "torch"):
         wheel = download(requirement)
         torch = unpacked_torch(wheel)

@@ -160,11 +160,10 @@ class Standin:
         loader.exec_module(self.native)
         for name in ("standin_fallbacks", "standin_dispatches"):
             getattr(self._library, name).restype = ctypes.c_char_p
-        for name in ("allocations", "bytes", "largest_upload", "uploaded"):
+        for name in ("allocations", "bytes", "most_bytes", "largest_upload", "uploaded"):
             getattr(self._library, f"standin_{name}").restype = ctypes.c_int64
         for name in ("DeviceMemory", "MetalDecodePlan"):
             setattr(_extension.load(), name, getattr(self.native, name))
-        self._written: list[tuple[torch.UntypedStorage, torch.Tensor]] = []
         self._events: dict[int, int] = {}
         self._events_made = itertools.count(1)
         for name, function in self._torch_functions().items():
@@ -215,30 +214,11 @@ class Standin:
             "_mps_recordEvent": record_event,
             "_mps_synchronizeEvent": synchronize_event,
             "_mps_emptyCache": lambda: None,  # it keeps nothing that was freed
-            "_mps_deviceSynchronize": self._synchronize,
-            "_mps_host_alias_storage": self._host_alias,
+            "_mps_deviceSynchronize": self.native.wait_for_all,
             "_mps_maxBufferLength": lambda: 4 << 30,
             "_mps_recommendedMaxMemory": lambda: 5 << 30,
             "_mps_driverAllocatedMemory": lambda: self.allocated_bytes(),
         }
-
-    def _host_alias(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
-        """What the host writes there before the next synchronize reaches the device with that.
-
-        On a Mac it may be there before, or be mixed with what the GPU still writes: here nobody may
-        ask for it while work is queued.
-        """
-        assert not self.native.is_busy(), "the GPU may still use this memory: synchronize first"
-        written = torch.full((storage.nbytes(),), 0xFA, dtype=torch.uint8)
-        self._written.append((storage, written))
-        return written.untyped_storage()
-
-    def _synchronize(self) -> None:
-        self.native.wait_for_all()
-        for storage, written in self._written:
-            contents = self.native.contents(storage.data_ptr())
-            ctypes.memmove(contents, written.data_ptr(), storage.nbytes())
-        self._written.clear()
 
     @contextlib.contextmanager
     def working_late(self) -> Iterator[None]:
@@ -286,6 +266,10 @@ class Standin:
     def allocated_bytes(self) -> int:
         """Bytes of the MPS buffers that there are."""
         return self._library.standin_bytes()
+
+    def most_bytes(self) -> int:
+        """The most bytes that MPS buffers had together since the last call."""
+        return self._library.standin_most_bytes()
 
     def largest_upload(self) -> int:
         """Bytes of the largest copy from the host so far."""

@@ -101,15 +101,17 @@ def test_modules_read_prompts(tmp_path, mac, monkeypatch, family):
 
 
 def test_smollm2_writes_the_same_text(mac):
-    """16 greedy tokens, all in float32, from weights that the host read to where the GPU reads."""
+    """16 greedy tokens, all in float32, from weights that came once and lie in one buffer."""
     path = builtin_model()
     prompt = Tokenizer.from_dir(path).encode("The capital of France is")
     expected, actual = (ids_of(model, prompt, 16) for model in on_both(path))
     assert actual == expected
     assert len(set(expected)) > 4
-    before = mac.uploaded_bytes()
-    load_model(path, device="mps")
-    assert mac.uploaded_bytes() == before
+    before = mac.uploaded_bytes(), mac.allocated_bytes()
+    model = load_model(path, device="mps")
+    assert mac.uploaded_bytes() - before[0] == model.checkpoint.weight_bytes
+    assert mac.allocated_bytes() - before[1] < 1.001 * model.checkpoint.weight_bytes
+    assert len({t.untyped_storage().data_ptr() for t in model.parameters()}) == 1
 
 
 @pytest.mark.parametrize("length", [1, 7, 45])  # the last is read by modules

@@ -6,9 +6,11 @@
 #include <c10/util/Exception.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <map>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 namespace standin {
@@ -26,7 +28,7 @@ struct Buffers {
   std::mutex mutex;
   std::map<const void*, Contents> by_handle;
   std::vector<void*> released; // while work is waiting: Metal retains what commands use
-  int64_t made = 0, bytes = 0;
+  int64_t made = 0, bytes = 0, most = 0;
 
   static Buffers& instance() {
     static auto* buffers = new Buffers;
@@ -68,6 +70,7 @@ struct Allocator final : at::Allocator {
     buffers.by_handle[handle] = {data, size, mapped};
     ++buffers.made;
     buffers.bytes += int64_t(size);
+    buffers.most = std::max(buffers.most, buffers.bytes);
     return {handle, handle, &release, device};
   }
 
@@ -129,6 +132,13 @@ STANDIN_EXPORT int64_t standin_bytes() {
   auto& buffers = standin::Buffers::instance();
   const std::lock_guard lock(buffers.mutex);
   return buffers.bytes;
+}
+
+// The most bytes that there were at a time since the last call.
+STANDIN_EXPORT int64_t standin_most_bytes() {
+  auto& buffers = standin::Buffers::instance();
+  const std::lock_guard lock(buffers.mutex);
+  return std::exchange(buffers.most, buffers.bytes);
 }
 
 STANDIN_EXPORT int64_t standin_allocations() { return standin::allocations(); }

@@ -80,10 +80,13 @@ def run(
     if bind and interface:
         raise typer.BadParameter("--bind names an address already.", param_hint="--interface")
 
+    from .pipeline.addresses import interface_address
     from .pipeline.key_file import read_key
     from .pipeline.zmq_address import Address
 
-    first, secret, own = Address.parse(connect), read_key(key), bind or interface
+    first, secret, own = Address.parse(connect), read_key(key), bind
+    if interface:  # the last rank does not need it, and a wrong name is wrong there too
+        own = interface_address(interface)
 
     def join() -> "Transport":
         from .pipeline.zmq_transport import ZmqTransport  # brings torch along

@@ -63,6 +63,7 @@ def test_keys_that_are_none(tmp_path):
     [
         (["--rank", "2"], "ranks of 2 are 0 to 1"),
         (["--bind", "127.0.0.1", "--interface", "lo"], "--bind names an address already"),
+        (["--rank", "1", "--interface", "en9"], "--interface en9 has no IPv4 address here; there"),
         (["--connect", "here"], "--connect is HOST:PORT, like 192.168.1.10:29400, not 'here'"),
         (["--", "convert"], "it starts with chat, bench or doctor, not convert"),
     ],

@@ -10,6 +10,7 @@ import os
 import platform
 import runpy
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -93,6 +94,18 @@ if sys.platform == "darwin":
     LINK_FLAGS += ["-framework", "Metal", "-framework", "Foundation"]
 
 
+def for_one_machine(command: list[str]) -> list[str]:
+    """Without ``-arch`` of others: Python from python.org compiles for Intel Macs too, which have
+    no NEON, and for which there is no torch.
+    """
+    others = [
+        i
+        for i, (word, value) in enumerate(pairwise(command))
+        if word == "-arch" and value != MACHINE
+    ]
+    return [word for i, word in enumerate(command) if i not in others and i - 1 not in others]
+
+
 class BuildWithStamp(BuildExtension):
     """Leaves _build.json beside the extension: a wrong torch is named before the loader fails.
 
@@ -103,6 +116,12 @@ class BuildWithStamp(BuildExtension):
     def initialize_options(self) -> None:
         super().initialize_options()
         self.build_temp = str(ROOT / "build" / "objects")  # unless --build-temp is given
+
+    def build_extensions(self) -> None:
+        for name, command in list(vars(self.compiler).items()):
+            if sys.platform == "darwin" and isinstance(command, list):
+                setattr(self.compiler, name, for_one_machine(command))
+        super().build_extensions()
 
     def run(self) -> None:
         super().run()

@@ -33,7 +33,7 @@ def _cached_in(folder: str) -> dict[str, str]:
 
 
 def write_script(path: Path) -> None:
-    """A program that takes the arguments of Apple's clang++.
+    """A program that takes the arguments of Apple's clang++, and compiles for arm64 only.
 
     Bundles are linked as dynamic libraries: zig's linker makes no bundles (0.17 crashes), and
     what is inside is the same.
@@ -41,8 +41,18 @@ def write_script(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         "#!/bin/sh\n"
-        'for argument; do shift; [ "$argument" = -bundle ] && argument=-shared; '
-        'set -- "$@" "$argument"; done\n'
+        "before=\n"
+        "for argument; do\n"
+        "    shift\n"
+        '    case "$before $argument" in\n'
+        '    "-arch arm64") ;;\n'
+        '    "-arch "*) echo "error: there is no torch for $argument" >&2; exit 1 ;;\n'
+        '    *" -arch") ;;\n'
+        '    *" -bundle") set -- "$@" -shared ;;\n'
+        '    *) set -- "$@" "$argument" ;;\n'
+        "    esac\n"
+        "    before=$argument\n"
+        "done\n"
         f'exec {shlex.join(_COMMAND)} "$@"\n'
     )
     path.chmod(0o755)

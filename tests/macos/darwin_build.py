@@ -1,4 +1,5 @@
-"""Runs setup.py as if on an Apple-silicon Mac: its sources, its flags, its link line.
+"""Runs setup.py as if on an Apple-silicon Mac: its sources, its flags, its link line. Python there
+is python.org's, which asks for code for Intel too; CXX refuses that.
 
     python tests/macos/darwin_build.py TORCH BUILD
 
@@ -6,6 +7,7 @@
 receives objects and the linked extension. The compiler is ``CXX`` of the environment.
 """
 
+import _osx_support
 import os
 import platform
 import runpy
@@ -16,6 +18,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+BOTH = "-arch arm64 -arch x86_64"
 
 
 def main(torch_folder: Path, build: Path) -> None:
@@ -23,12 +26,14 @@ def main(torch_folder: Path, build: Path) -> None:
     compiler = os.environ["CXX"]
     os.environ |= {
         "CC": compiler,
-        "LDSHARED": f"{compiler} -bundle -undefined dynamic_lookup",
-        "LDCXXSHARED": f"{compiler} -bundle -undefined dynamic_lookup",
-        "_PYTHON_HOST_PLATFORM": "macosx-14.0-arm64",
-        "ARCHFLAGS": " ",  # the compiler knows its target
+        "LDSHARED": f"{compiler} -bundle -undefined dynamic_lookup {BOTH}",
+        "LDCXXSHARED": f"{compiler} -bundle -undefined dynamic_lookup {BOTH}",
+        "_PYTHON_HOST_PLATFORM": "macosx-14.0-universal2",
     }
+    os.environ.pop("ARCHFLAGS", None)
+    _osx_support._supports_universal_builds = lambda: True  # it would read a file of macOS
     variables = sysconfig.get_config_vars()
+    variables["CFLAGS"] += f" {BOTH}"
     variables["EXT_SUFFIX"] = ".cpython-311-darwin.so"
     variables["MACOSX_DEPLOYMENT_TARGET"] = "14.0"
     variables["LDFLAGS"] = ""  # of the Linux Python: -rpath and the like

@@ -9,10 +9,13 @@ namespace q4metal::mps {
 std::unique_ptr<at::native::mps::MetalShaderLibrary> make_library(std::string source) {
   MTLCompileOptions* options = [[MTLCompileOptions alloc] init];
   options.languageVersion = MTLLanguageVersion3_1;
-  // mathMode came with macOS 15. @available would pull in a runtime library of Apple's compiler.
+  // mathMode came with macOS 15, and with its SDK. @available would pull in a runtime library of
+  // Apple's compiler.
+#if __MAC_OS_X_VERSION_MAX_ALLOWED >= 150000
   if ([options respondsToSelector:@selector(setMathMode:)])
     options.mathMode = MTLMathModeSafe;
   else
+#endif
     options.fastMathEnabled = NO;
   return std::make_unique<at::native::mps::MetalShaderLibrary>(std::move(source), 0u, options);
 }

@@ -33,11 +33,16 @@ SLIPS = {
 }
 
 
-def test_every_file_type_checks():
+# The SDK of the Command Line Tools on macOS 14; without the first the headers set the second.
+OLD_SDK = [f"-D__MAC_OS_X_VERSION_{end}" for end in ("MIN_REQUIRED=140000", "MAX_ALLOWED=140500")]
+
+
+@pytest.mark.parametrize("sdk", [[], OLD_SDK], ids=["new", "of macOS 14"])
+def test_every_file_type_checks(sdk):
     files = sorted(METAL.glob("*.mm"))
     assert len(files) >= 2
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        said = list(pool.map(lambda file: cross_compiler.check_syntax(file, *FLAGS), files))
+        said = list(pool.map(lambda file: cross_compiler.check_syntax(file, *FLAGS, *sdk), files))
     assert said == [""] * len(files)
 
 

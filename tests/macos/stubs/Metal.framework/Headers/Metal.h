@@ -17,11 +17,13 @@ static inline MTLSize MTLSizeMake(NSUInteger width, NSUInteger height, NSUIntege
 typedef enum MTLLanguageVersion : NSUInteger {
   MTLLanguageVersion3_1 = (3 << 16) + 1,
 } MTLLanguageVersion;
+#if __MAC_OS_X_VERSION_MAX_ALLOWED >= 150000
 typedef enum MTLMathMode : NSInteger {
   MTLMathModeSafe = 0,
   MTLMathModeRelaxed = 1,
   MTLMathModeFast = 2,
 } MTLMathMode;
+#endif
 typedef enum MTLDispatchType : NSUInteger {
   MTLDispatchTypeSerial = 0,
   MTLDispatchTypeConcurrent = 1,
@@ -43,7 +45,9 @@ typedef void (^MTLCommandBufferHandler)(id<MTLCommandBuffer> buffer);
 
 @interface MTLCompileOptions : NSObject
 @property(readwrite, nonatomic) BOOL fastMathEnabled;
+#if __MAC_OS_X_VERSION_MAX_ALLOWED >= 150000
 @property(readwrite, nonatomic) MTLMathMode mathMode;
+#endif
 @property(readwrite, nonatomic) MTLLanguageVersion languageVersion;
 @end
 

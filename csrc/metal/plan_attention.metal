@@ -78,7 +78,7 @@ inline float add_chunks(In chunks, uint count, uint stride, uint d) {
 // out [R, heads * kDim] for contexts of at most kSingleChunks chunks.
 template <typename T, int kDim>
 kernel void plan_attention(device const float* queries [[buffer(0)]],
-                           device const long* positions [[buffer(1)]],
+                           constant long* positions [[buffer(1)]],
                            device const int* block_tables [[buffer(2)]],
                            constant Slab* slabs [[buffer(3)]], device float* out [[buffer(4)]],
                            constant AttentionArgs& args [[buffer(5)]],
@@ -106,7 +106,7 @@ kernel void plan_attention(device const float* queries [[buffer(0)]],
 // partial [R, chunks, heads, kDim + 2] for any context; kHeads query heads read a chunk together.
 template <typename T, int kDim, int kHeads>
 kernel void plan_attention_split(
-    device const float* queries [[buffer(0)]], device const long* positions [[buffer(1)]],
+    device const float* queries [[buffer(0)]], constant long* positions [[buffer(1)]],
     device const int* block_tables [[buffer(2)]], constant Slab* slabs [[buffer(3)]],
     device float* partial [[buffer(4)]], constant AttentionArgs& args [[buffer(5)]],
     uint3 threadgroup_at [[threadgroup_position_in_grid]],
@@ -126,7 +126,7 @@ kernel void plan_attention_split(
 // out [R, heads * kDim] from partial.
 template <int kDim>
 kernel void plan_attention_combine(device const float* partial [[buffer(0)]],
-                                   device const long* positions [[buffer(1)]],
+                                   constant long* positions [[buffer(1)]],
                                    device float* out [[buffer(2)]],
                                    constant AttentionArgs& args [[buffer(3)]],
                                    uint3 threadgroup_at [[threadgroup_position_in_grid]],

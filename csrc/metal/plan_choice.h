@@ -44,4 +44,6 @@ inline Candidate best_of(Candidate own, threadgroup float* values, threadgroup u
   return best_of_simdgroup(own);
 }
 
+// Kernels with that many threads say so in their declaration: without it the compiler may give each
+// so many registers that a threadgroup has room for half of them, and Metal drops the dispatch.
 static_assert(kTokenThreads == kSimdWidth * kSimdWidth, "one lane for each simdgroup");

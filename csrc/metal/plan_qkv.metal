@@ -40,7 +40,7 @@ plan_qkv(device const void* q_weight [[buffer(0)]], device const void* q_scales 
          device const void* v_biases [[buffer(10)]], device const float* v_bias [[buffer(11)]],
          device const float* gamma [[buffer(12)]], device const float* hidden [[buffer(13)]],
          device float* queries [[buffer(14)]], device const float* rope [[buffer(15)]],
-         device const long* positions [[buffer(16)]], device const int* block_tables [[buffer(17)]],
+         constant long* positions [[buffer(16)]], device const int* block_tables [[buffer(17)]],
          constant Slab* slabs [[buffer(18)]], constant QkvArgs& args [[buffer(19)]],
          uint3 threadgroup_at [[threadgroup_position_in_grid]],
          uint simdgroup [[simdgroup_index_in_threadgroup]],

@@ -37,14 +37,14 @@ struct Above {
   float mass;
 };
 
-kernel void plan_sample(device const float* logits [[buffer(0)]],
-                        device const Sampling* sampling [[buffer(1)]],
-                        device const long* positions [[buffer(2)]],
-                        device long* tokens [[buffer(3)]], constant ArgmaxArgs& args [[buffer(4)]],
-                        uint row [[threadgroup_position_in_grid]],
-                        uint thread_at [[thread_index_in_threadgroup]],
-                        uint simdgroup [[simdgroup_index_in_threadgroup]],
-                        uint lane [[thread_index_in_simdgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(kTokenThreads)]] void
+plan_sample(device const float* logits [[buffer(0)]],
+            constant Sampling* sampling [[buffer(1)]], constant long* positions [[buffer(2)]],
+            device long* tokens [[buffer(3)]], constant ArgmaxArgs& args [[buffer(4)]],
+            uint row [[threadgroup_position_in_grid]],
+            uint thread_at [[thread_index_in_threadgroup]],
+            uint simdgroup [[simdgroup_index_in_threadgroup]],
+            uint lane [[thread_index_in_simdgroup]]) {
   threadgroup float values_of[kSimdWidth];
   threadgroup uint indices_of[kSimdWidth];
   threadgroup uint counts_of[kSimdWidth * kBuckets];
@@ -81,7 +81,7 @@ kernel void plan_sample(device const float* logits [[buffer(0)]],
         const uint key = key_of(values[i]);
         if ((key & known) != smallest)
           continue;
-        const int digit = int(key >> shift) % kBuckets;
+        const int digit = int(key >> shift & (kBuckets - 1));
         const float mass = exp(values[i] - top);
         for (int b = 0; b < kBuckets; ++b) {
           counts[b] += digit == b ? 1 : 0;

@@ -8,12 +8,12 @@ kernel void plan_copy(device const float* from [[buffer(0)]], device float* to [
 }
 
 // tokens [R] = the first of the largest logits [R, V]; one threadgroup a row.
-kernel void plan_argmax(device const float* logits [[buffer(0)]], device long* tokens [[buffer(1)]],
-                        constant ArgmaxArgs& args [[buffer(2)]],
-                        uint row [[threadgroup_position_in_grid]],
-                        uint thread_at [[thread_index_in_threadgroup]],
-                        uint simdgroup [[simdgroup_index_in_threadgroup]],
-                        uint lane [[thread_index_in_simdgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(kTokenThreads)]] void
+plan_argmax(device const float* logits [[buffer(0)]], device long* tokens [[buffer(1)]],
+            constant ArgmaxArgs& args [[buffer(2)]], uint row [[threadgroup_position_in_grid]],
+            uint thread_at [[thread_index_in_threadgroup]],
+            uint simdgroup [[simdgroup_index_in_threadgroup]],
+            uint lane [[thread_index_in_simdgroup]]) {
   threadgroup float values_of[kSimdWidth];
   threadgroup uint indices_of[kSimdWidth];
   device const float* values = logits + ulong(args.vocab_size) * row;

@@ -35,11 +35,16 @@ class Argument:
 
 @dataclass
 class Kernel:
-    """A kernel function. ``hosts``: (host name, C++ expression) of what a host can ask for."""
+    """A kernel function.
+
+    ``max_threads``  C++ expression of its max_total_threads_per_threadgroup, 0 without one
+    ``hosts``        (host name, C++ expression) of what a host can ask for
+    """
 
     name: str
     arguments: list[Argument]
     is_template: bool
+    max_threads: str = "0"
     hosts: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -115,6 +120,8 @@ class _Rewriter:
             if t.at(i) != "kernel" or t[i].kind != "name":
                 continue
             j = t.after(i)
+            while t.at(j) == ",":  # [[kernel, another(...)]]
+                j = t.after(t.closing(t.after(t.after(j))))
             while t.at(j) == "]":
                 j = t.after(j)
             j = t.skip_attributes(j)
@@ -128,11 +135,18 @@ class _Rewriter:
             arguments = [self._argument(a, b) for a, b in t.split(open_ + 1, t.closing(open_))]
             self._number_buffers(arguments)
             _check_numbers(arguments, t[i].place)
-            kernel = Kernel(t.at(name), arguments, is_template)
+            kernel = Kernel(t.at(name), arguments, is_template, self._max_threads(first, name))
             if not is_template:
                 host = self._host_name(first, name)
                 kernel.hosts.append((host or kernel.name, kernel.name))
             self.kernels[kernel.name] = kernel
+
+    def _max_threads(self, start: int, end: int) -> str:
+        t = self.tokens
+        for i in range(start, end):
+            if t.at(i) == "max_total_threads_per_threadgroup":
+                return t.join(t.after(i) + 1, t.closing(t.after(i)))
+        return "0"
 
     def _argument(self, start: int, end: int) -> Argument:
         t = self.tokens
@@ -349,7 +363,7 @@ class _Rewriter:
                 lines.append(f"static const msl_u32 msl_uses_{n}[] = {{{used or 0}}};")
                 entries.append(
                     f'{{"{host}", msl_thread_{n}, msl_parameters_{n}, {len(rows)}, '
-                    f"msl_uses_{n}, {used.count(',') + 1 if used else 0}}}"
+                    f"msl_uses_{n}, {used.count(',') + 1 if used else 0}, {kernel.max_threads}}}"
                 )
         if not entries:
             raise MetalSyntaxError("the text has no kernel that a host can ask for")

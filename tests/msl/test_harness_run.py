@@ -36,6 +36,8 @@ kernel void deep(device int* x [[buffer(0)]]) {
   for (int i = 399999; i >= 0; i--) room[i] = x[0];
   x[1] = room[x[2]];
 }
+[[kernel, max_total_threads_per_threadgroup(2 * 256)]] void
+wide(device uint* x [[buffer(0)]], uint i [[thread_position_in_grid]]) { x[i] = i; }
 """
 
 
@@ -109,6 +111,7 @@ REFUSED = [
     ({"threadgroups": 0}, "scale: a grid of 0 threads"),
     ({"threads_per_threadgroup": 0}, "scale: a grid of 0 threads"),
     ({"threads_per_threadgroup": (64, 32)}, "a threadgroup of 2048 threads; at most 1024"),
+    ({"threads_per_threadgroup": 416}, "416 threads; Metal may drop it unless max_total_threads"),
     ({"drop": 1}, "scale: buffer(1) 'y' is not bound"),
     ({"args": b"1234"}, "scale: buffer(2) 'args' has 4 bytes, its type needs 8"),
     ({"extra": 4}, "scale: buffer(4) is bound, the kernel has no such parameter"),
@@ -133,6 +136,15 @@ def test_refused(change: dict, message: str) -> None:
     with pytest.raises(MetalRunError) as error:
         library.run(buffers=buffers, **call)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_kernel_that_says_how_many_threads_it_is_for(mode: str) -> None:
+    x = np.zeros(1024, np.uint32)
+    compiled(mode).run("wide", 2, 512, [x])
+    assert (x == np.arange(1024)).all()
+    with pytest.raises(MetalRunError, match="wide: a threadgroup of 1024 threads; Metal may drop"):
+        compiled(mode).run("wide", 1, 1024, [x])
 
 
 def test_a_crash_is_an_error_and_not_the_end() -> None:

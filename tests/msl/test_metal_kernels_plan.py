@@ -367,6 +367,21 @@ def test_sample_draws_what_the_filters_leave_with_philox_noise(size: int, spread
         assert runner.sample(logits, SETTINGS, positions).tolist() == wanted
 
 
+def neighbours(size: int, sign: float) -> Tensor:
+    """Floats that follow each other, from 1 or -1 on, in a random order."""
+    return (torch.tensor([sign]).view(torch.int32) + torch.randperm(size).int()).view(F32)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_sample_tells_neighbouring_floats_apart(sign: float) -> None:
+    logits = torch.stack([neighbours(40, sign) for _ in range(8)])
+    settings = [Settings(5.0, 0.0, 0.0, 3, seed) for seed in range(8)]
+    best = logits.topk(3).indices
+    for runner in token_runners("sample"):
+        tokens = runner.sample(logits, settings, torch.arange(8))
+        assert (tokens[:, None] == best).any(-1).all()
+
+
 def test_sample_has_the_probabilities_of_the_softmax() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, 2.0]])
     runner, count = PlanRunner(compile_plan([plan_kernel("sample")])), 800

@@ -19,6 +19,7 @@ from .operands import assert_products, random_packed, random_x, vector
 from .test_metal_kernels_plan import (
     attention_in_float64,
     drawn,
+    neighbours,
     normed,
     product,
     random_cache,
@@ -85,6 +86,14 @@ def sample() -> None:
     assert tokens == expected, f"tokens {tokens} are wrong"
 
 
+def sample_neighbours() -> None:
+    runner = PlanRunner(compile_plan([plan_kernel("sample")], "check"))
+    logits = torch.stack([neighbours(40, 1.0) for _ in range(8)])
+    settings = [Settings(5.0, 0.0, 0.0, 1, seed) for seed in range(8)]
+    tokens = runner.sample(logits, settings, torch.arange(8)).tolist()
+    assert tokens == logits.argmax(-1).tolist(), f"tokens {tokens} are wrong"
+
+
 @dataclass(frozen=True)
 class Bug:
     """What is wrong, where, and what shows it."""
@@ -137,6 +146,10 @@ BUGS = [
         "ulong(args.layer)", attention),
     Bug("one token too many", "plan_sample.metal", "next.count < most", "next.count <= most",
         sample),
+    Bug("a digit with a sign", "plan_sample.metal", "int(key >> shift & (kBuckets - 1))",
+        "int(key >> shift) % kBuckets", sample_neighbours),
+    Bug("more threads than registers may allow", "plan_sample.metal",
+        "[[kernel, max_total_threads_per_threadgroup(kTokenThreads)]] void", "kernel void", sample),
     Bug("no barrier before the second choice", "plan_sample.metal",
         "threadgroup_barrier(mem_flags::mem_threadgroup); // values_of", "// values_of", sample),
 ]  # fmt: skip
@@ -168,6 +181,8 @@ def test_a_planted_bug_is_found(
     planted(f"{bug.file}: {bug.name}", found.value)
 
 
-@pytest.mark.parametrize("run", [matvec, matmul, residual, head, attention, sample])
+@pytest.mark.parametrize(
+    "run", [matvec, matmul, residual, head, attention, sample, sample_neighbours]
+)
 def test_without_a_bug_nothing_is_found(run: Callable[[], None]) -> None:
     run()

@@ -32,6 +32,7 @@ struct msl_kernel_entry {
   msl_u32 parameter_count;
   const msl_u32* constants; // numbers in msl_constants of those that it or what it calls mentions
   msl_u32 constant_count;
+  msl_u32 max_threads; // of a threadgroup, as the text promises; 0: it promises nothing
 };
 
 struct msl_constant_entry {

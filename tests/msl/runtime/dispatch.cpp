@@ -14,7 +14,7 @@ namespace {
 
 std::mutex one_at_a_time;
 
-std::string check_sizes(const msl_dispatch& d) {
+std::string check_sizes(const msl_dispatch& d, const msl_kernel_entry& kernel) {
   uint64_t threads = 1;
   for (int i = 0; i < 3; i++) {
     if (d.threads[i] == 0)
@@ -25,6 +25,9 @@ std::string check_sizes(const msl_dispatch& d) {
   }
   if (threads > kMaxThreads)
     return "a threadgroup of " + std::to_string(threads) + " threads; at most 1024 are possible";
+  if (threads > (kernel.max_threads == 0 ? kSafeThreads : kernel.max_threads))
+    return "a threadgroup of " + std::to_string(threads) +
+           " threads; Metal may drop it unless max_total_threads_per_threadgroup says so";
   if (d.threadgroup_bytes_count > kThreadgroupArguments)
     return "more than 8 threadgroup arguments";
   uint64_t bytes = 0;
@@ -120,7 +123,8 @@ std::string run(msl_dispatch& d) {
   if (number < 0)
     return "no kernel of this name";
   const msl_kernel_entry& kernel = msl_kernels[number];
-  for (std::string error : {check_sizes(d), check_buffers(d, kernel), set_constants(d, kernel)})
+  for (std::string error :
+       {check_sizes(d, kernel), check_buffers(d, kernel), set_constants(d, kernel)})
     if (!error.empty())
       return error;
   if (!executor)

@@ -20,6 +20,9 @@ constexpr bool kChecks = false;
 constexpr uint32_t kSimdWidth = 32, kSlotBytes = 2048;
 constexpr uint64_t kThreadgroupLimit = 32 * 1024, kArena = 80 * 1024;
 constexpr uint32_t kThreadgroupArguments = 8, kMaxThreads = 1024;
+// Threads that a threadgroup may have whatever registers the compiler gives to each: of an M1's
+// 208 KB, 128 of 4 bytes. More are a matter of luck without max_total_threads_per_threadgroup.
+constexpr uint32_t kSafeThreads = 384;
 
 enum class State : uint8_t { kRuns, kInSimdgroup, kAtBarrier, kDone };
 

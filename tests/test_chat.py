@@ -112,8 +112,10 @@ def test_a_conversation(env: dict[str, str], paris: Path, tmp_path: Path) -> Non
     assert "(max-tokens 3 reached" in terminal.ask("/set max-tokens 3") + terminal.ask("Again.")
     assert "must be at least 0" in terminal.ask("/set temp -1")
     assert "no command /nonsense" in terminal.ask("/nonsense")
+    said = terminal.ask("/help")
     for name in ("/reset", "/system", "/save", "/load", "/set", "/stats", "/exit"):
-        assert name in terminal.ask("/help")
+        assert name in said
+    assert max(len(line) for line in said.splitlines() if line.startswith("  ")) <= 80
 
     saved = tmp_path / "chat.json"
     assert "saved to" in terminal.ask(f"/save {saved}")

@@ -56,7 +56,7 @@ class Repl:
             "system": ("[TEXT]", 'show or change the system prompt ("" for none)', self._system),
             "save": ("FILE", "write the conversation to a JSON file", self._save),
             "load": ("FILE", "go on with a saved conversation", self._load),
-            "set": ("[NAME VALUE]", "show or change " + ", ".join(SETTINGS), self._set),
+            "set": ("[NAME VALUE]", "show all settings, or change one", self._set),
             "stats": ("[on|off]", "what the last answer cost; or show it always", self._stats),
             "exit": ("", "leave (so does Ctrl-D)", self._exit),
         }
@@ -154,7 +154,7 @@ class Repl:
     def _help(self, _: str) -> None:
         for name, (usage, meaning, _run) in self.commands.items():
             self._say(f"  {f'/{name} {usage}':<20} {meaning}")
-        self._say(f"  {FENCE:<20} begins and ends a message of several lines (so does Alt-Enter)")
+        self._say(f"  {FENCE:<20} begins and ends several lines; Alt-Enter adds a line")
         self._say(f"  {'Ctrl-C':<20} stops an answer; the conversation goes on")
         self._say(f"  {'Ctrl-L':<20} clears the screen")
 

@@ -11,7 +11,7 @@ from torch_q4metal import reference
 
 from .metal_ops import DTYPES, Kernel, Runner, compile_kernels, kernel_of
 from .operands import K_SIZES, N_SIZES, Packed, assert_products, random_packed, random_x, vector
-from .pairwise import Choice, choices, pairwise
+from .pairwise import Choice, choices, pairs_of, pairwise
 
 ORDERS = ("forward", "reverse", "shuffled")
 ROWS = {16: (1, 2, 8, 9, 16), 32: (17, 32), 64: (33, 64, 65)}  # by the tile that they get
@@ -49,13 +49,7 @@ def with_rows() -> list[Choice]:
 
 
 def fits(case: Choice) -> bool:
-    """Tiles of at most 8 million products: the host computes 50 million a second."""
-    reduced, columns = case["k"], case["n"]
-    if not case["transpose"]:
-        reduced, columns = columns, reduced
-    tiles = -(-case["rows"] // case["tile"]) * -(-columns // 64)
-    work = tiles * case["tile"] * 64 * reduced
-    return case["k"] % case["group_size"] == 0 and work <= 8e6
+    return case["k"] % case["group_size"] == 0
 
 
 def tile_dtype(case: Choice) -> torch.dtype:
@@ -85,20 +79,26 @@ def check(case: Choice, y: Tensor, x: Tensor, w: Packed, bias: Tensor | None) ->
     assert_products(y, x, w, bias, case, case["transpose"], tile_dtype(case))
 
 
+def cases() -> list[Choice]:
+    shapes = choices(n=N_SIZES, k=K_SIZES, bias=(None, *DTYPES))
+    return pairwise([with_rows(), *shapes], fits)
+
+
+def test_cases_hold_every_pair_of_rows_shapes_and_formats() -> None:
+    factors = choices(
+        bits=reference.BITS, group_size=reference.GROUP_SIZES, x=DTYPES, scales=DTYPES,
+        transpose=(True, False), exact=(False, True), rows=sum(ROWS.values(), ()), n=N_SIZES,
+        k=K_SIZES, bias=(None, *DTYPES),
+    )  # fmt: skip
+    wanted = set().union(*map(pairs_of, pairwise(factors, fits)))
+    assert wanted <= set().union(*map(pairs_of, cases()))
+
+
 def test_matmul_against_float64_and_the_cpu() -> None:
     runner = runners("typed")
-    shapes = choices(n=N_SIZES, k=K_SIZES, bias=(None, *DTYPES))
-    for case in pairwise([with_rows(), *shapes], fits):
+    for case in cases():
         x, w, bias = operands(case)
         check(case, run(runner, case, x, w, bias), x, w, bias)
-
-
-@pytest.mark.parametrize("k", [4864, 18944])
-def test_matmul_of_a_long_sum(k: int) -> None:
-    case = formats()[0] | {"tile": 16, "rows": 9, "transpose": True, "bias": None, "n": 9, "k": k}
-    runner = Runner(compile_kernels([kernel(case)]))
-    x, w, _ = operands(case)
-    check(case, run(runner, case, x, w, None), x, w, None)
 
 
 def test_matmul_is_watched_in_three_run_orders() -> None:

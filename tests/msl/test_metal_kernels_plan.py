@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torch_q4metal import sampling
+from torch_q4metal import reference, sampling
 
 from .metal_ops import DTYPES, Kernel
 from .metal_plan import (
@@ -20,21 +20,23 @@ from .metal_plan import (
     plan_kernel,
     shared_heads,
 )
-from .operands import codes_of, random_packed, vector
+from .operands import K_SIZES, N_SIZES, codes_of, random_packed, vector
 
 F32, F16, BF16 = DTYPES
 ORDERS = ("forward", "reverse", "shuffled")
 EPS = 1e-5
 DENSE = 0
 Format = tuple[int, int, torch.dtype]  # bits, group size, dtype of scales or of the dense matrix
+# Every pair of bits and group size, each of those with every dtype; and what was left dense.
 FORMATS: list[Format] = [
-    (4, 64, BF16), (4, 32, F16), (8, 64, F32), (2, 32, BF16), (3, 64, F16), (5, 32, F32),
-    (6, 64, BF16), (DENSE, 0, F32), (DENSE, 0, F16), (DENSE, 0, BF16),
-]  # fmt: skip
-WATCHED = 3  # every third is tried in the check build too
+    (bits, group_size, DTYPES[(i + j) % 3])
+    for i, bits in enumerate(reference.BITS)
+    for j, group_size in enumerate(reference.GROUP_SIZES)
+] + [(DENSE, 0, dtype) for dtype in DTYPES]
+WATCHED = 4  # every fourth is tried in the check build too
 # What a step's second and third matrix have where the first has FORMATS[i].
-SECOND = [FORMATS[(3 * i + 3) % len(FORMATS)] for i in range(len(FORMATS))]
-THIRD = [FORMATS[(7 * i + 4) % len(FORMATS)] for i in range(len(FORMATS))]
+SECOND = [FORMATS[(5 * i + 3) % len(FORMATS)] for i in range(len(FORMATS))]
+THIRD = [FORMATS[(8 * i + 4) % len(FORMATS)] for i in range(len(FORMATS))]
 
 
 def numbers(f: Format) -> tuple[int, int, int]:
@@ -108,12 +110,24 @@ def in_every_way(i: int, step: str, run: Callable[[PlanRunner, slice], Tensor]) 
 
 # ---- matrices
 
+
+def columns(*formats: Format) -> list[int]:
+    """K_SIZES that matrices in these formats can have."""
+    return [k for k in K_SIZES if all(f[0] == DENSE or k % f[1] == 0 for f in formats)]
+
+
+def shapes(i: int, *formats: Format) -> list[tuple[int, int, bool]]:
+    """N, K, whether there is a bias: over all i, every pair of N and K."""
+    fitting = enumerate(columns(*formats), i)
+    return [(N_SIZES[j % len(N_SIZES)], k, j % 2 == 0) for j, k in fitting]
+
+
 every_format = pytest.mark.parametrize("i", range(len(FORMATS)), ids=lambda i: str(FORMATS[i]))
 
 
 @every_format
 def test_residual_adds_the_product_to_hidden(i: int) -> None:
-    for n, k, bias in ((9, 64, True), (100, 576, False), (8, 896, True), (1, 640, False)):
+    for n, k, bias in shapes(i, FORMATS[i]):
         m, x, hidden = random_matrix(FORMATS[i], n, k, bias), torch.randn(8, k), torch.randn(8, n)
 
         def run(runner: PlanRunner, at: slice) -> Tensor:
@@ -125,7 +139,7 @@ def test_residual_adds_the_product_to_hidden(i: int) -> None:
 
 @every_format
 def test_gate_up_is_norm_two_products_and_swiglu(i: int) -> None:
-    for n, k, bias in ((9, 64, True), (96, 576, False), (3, 640, True)):
+    for n, k, bias in shapes(i, FORMATS[i], SECOND[i]):
         gate, up = random_matrix(FORMATS[i], n, k, bias), random_matrix(SECOND[i], n, k, bias)
         gamma, hidden = torch.rand(k) + 0.5, 3 * torch.randn(8, k)
 
@@ -140,7 +154,7 @@ def test_gate_up_is_norm_two_products_and_swiglu(i: int) -> None:
 
 @every_format
 def test_head_is_norm_and_product(i: int) -> None:
-    for n, k, bias in ((260, 64, False), (7, 576, True)):
+    for n, k, bias in shapes(i, FORMATS[i]):
         m, gamma = random_matrix(FORMATS[i], n, k, bias), torch.rand(k) + 0.5
         hidden = torch.randn(8, k)
 
@@ -159,9 +173,10 @@ def embedders() -> list[PlanRunner]:
 
 @every_format
 def test_embed_gives_rows_of_the_table_and_nan_for_others(i: int) -> None:
-    table = random_matrix(FORMATS[i], 9, 576)
+    k = columns(FORMATS[i])[i % 4]
+    table = random_matrix(FORMATS[i], 9, k)
     for runner in embedders():
-        hidden = runner.embed(table, torch.tensor([3, 8, 9, -1, 0]), 576)
+        hidden = runner.embed(table, torch.tensor([3, 8, 9, -1, 0]), k)
         assert_close(hidden[[0, 1, 4]], dense(table)[[3, 8, 0]], "rows", 1e-7)
         assert hidden[2:4].isnan().all()
 
@@ -261,7 +276,7 @@ def rotated(x: Tensor, rope: Tensor) -> Tensor:
 @every_format
 def test_qkv_is_norm_three_products_rope_and_append(i: int) -> None:
     formats, dtype, bias = (FORMATS[i], SECOND[i], THIRD[i]), DTYPES[i % 3], i % 2 == 1
-    heads, kv_heads, head_dim, width = 3, 1, (16, 64)[i % 2], (64, 576)[i // 2 % 2]
+    heads, kv_heads, head_dim, width = 3, 1, (16, 64)[i % 2], columns(*formats)[i % 4]
     matrices = [random_matrix(formats[0], heads * head_dim, width, bias)]
     matrices += [random_matrix(f, kv_heads * head_dim, width, bias) for f in formats[1:]]
     gamma, hidden = torch.rand(width) + 0.5, torch.randn(8, width)

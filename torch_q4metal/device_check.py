@@ -65,6 +65,7 @@ def check_mps(formats: Iterable[Format] = (*FORMATS, *DENSE)) -> Iterator[Row]:
     formats = tuple(formats)
     for row in check_operators(torch.device("mps"), tuple(f for f in formats if f.bits)):
         yield Row(f"mps {row.name}", row.ok, row.text)
+    yield _check_plan("mps plan, a stage in the middle", _formats_of(0, formats[0], ends=False), 1)
     yield from check_metal_plans(formats)
 
 
@@ -90,24 +91,32 @@ def check_loading() -> Row:
 def check_metal_plans(formats: Iterable[Format]) -> Iterator[Row]:
     """A model of each format, with different heads, dtypes and numbers of rows."""
     for index, form in enumerate(formats):
-        model = ModelFormats(
-            layers=(LayerFormats.uniform(form),),
-            table=form,
-            head=form,
-            kv_dtype=form.dtype,
-            head_dim=(64, 128)[index % 2],
-            heads=(9, 14, 32)[index % 3],
-            kv_heads=(3, 2, 8)[index % 3],
-            context=8192,
-            dtype=DTYPES[(index + 1) % 3],
-            precision="fast",
-        )
         rows = 1 + index % 8
         name = f"mps plan, {form}, {rows} row{'s' * (rows > 1)}"
-        try:
-            yield Row(name, True, str(check(model, rows)))
-        except SelfCheckError as error:
-            yield Row(name, False, str(error))
+        yield _check_plan(name, _formats_of(index, form), rows)
+
+
+def _formats_of(index: int, form: Format, ends: bool = True) -> ModelFormats:
+    """``ends``: whether it embeds and has a head; else it takes and gives residual rows."""
+    return ModelFormats(
+        layers=(LayerFormats.uniform(form),),
+        table=form if ends else None,
+        head=form if ends else None,
+        kv_dtype=form.dtype,
+        head_dim=(64, 128)[index % 2],
+        heads=(9, 14, 32)[index % 3],
+        kv_heads=(3, 2, 8)[index % 3],
+        context=8192,
+        dtype=DTYPES[(index + 1) % 3],
+        precision="fast",
+    )
+
+
+def _check_plan(name: str, model: ModelFormats, rows: int) -> Row:
+    try:
+        return Row(name, True, str(check(model, rows)))
+    except SelfCheckError as error:
+        return Row(name, False, str(error))
 
 
 def check_operators(device: torch.device, formats: tuple[Format, ...]) -> Iterator[Row]:

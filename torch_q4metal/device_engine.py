@@ -20,6 +20,7 @@ from torch import Tensor
 from . import device_sampling
 from .cache import blocks_for
 from .decode_mps import MetalDecodePlan
+from .errors import Q4MetalError
 from .local_engine import LocalEngine
 from .models.base import MATVEC_ROWS, PREFILL_CHUNK, CausalLM
 from .models.rope import RopeConfig
@@ -118,6 +119,7 @@ class _Lane:
         self._plan = plan
         self._rope_config = model.config.rope
         self._max_kv_size = model.max_kv_size
+        self._vocab_size = model.config.vocab_size
         self._texts = [weakref.ref(text) for text in texts]
         self._sampling = _settings(texts)
         self._tokens = torch.empty(2, rows, dtype=torch.int64, device=device)
@@ -219,6 +221,11 @@ class _Lane:
         tokens = self._drawn[here].tolist()
         if min(tokens) < 0:
             raise RuntimeError("the GPU did not finish a pass; its driver may have reset it.")
+        if max(tokens) >= self._vocab_size:  # what the kernels choose of nothing
+            raise Q4MetalError(
+                f"no token can be chosen of {self._vocab_size} logits that are NaN or -inf; look "
+                "at the model's files, or load it with device='cpu'."
+            )
         self._latest = tokens
         self._seen += 1
 

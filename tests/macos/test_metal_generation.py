@@ -12,11 +12,12 @@ import pytest
 import speaking
 import tiny
 import torch
+from sentence import assert_one_sentence
 
 from torch_q4metal import decode, device_sampling, generation
 from torch_q4metal.builtin_model import builtin_model
 from torch_q4metal.engine import engine_of
-from torch_q4metal.errors import ContextLengthError
+from torch_q4metal.errors import ContextLengthError, Q4MetalError
 from torch_q4metal.generation import (
     decode_together,
     generate,
@@ -320,6 +321,15 @@ def test_modules_decode_where_they_are_asked_to(tmp_path, late):
     texts = [ids_of(model, prompt_of(20), 6) for model in models]
     assert texts[0] == texts[1]
     assert late.plan_statistics() == before
+
+
+@pytest.mark.parametrize("sampling", [None, SAMPLINGS["all filters"]])
+def test_logits_that_are_nan_are_named(tmp_path, late, sampling):
+    _, model = tiny_on_both(tmp_path / "model")
+    model.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(Q4MetalError, match="of 260 logits that are NaN") as error:
+        batch_on(model, [prompt_of(3)], 5, sampling)
+    assert_one_sentence(error.value, "device='cpu'")
 
 
 def test_a_token_that_never_came_is_noticed(tmp_path, late, monkeypatch):

@@ -55,6 +55,7 @@ def test_table_without_json(tmp_path, small_probe):
     words = ["--model", str(path), "-p", "8", "-g", "4", "-n", "1", "--eager"]
     result = CliRunner().invoke(bench.app, words, catch_exceptions=False)
     assert result.exit_code == 0
+    assert result.stdout.split()[:2] == ["model", "on"]  # not its whole path
     for title in ("prefill, 8 tokens", "decode, 4 tokens", "plain-read probe", "peak RSS"):
         assert title in result.stdout
 

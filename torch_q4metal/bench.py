@@ -14,6 +14,7 @@ import functools
 import json
 import statistics
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -199,7 +200,7 @@ def _print_table(result: Result) -> None:
         where = f"the GPU of {result.cpu}"
     if result.ranks > 1:
         where = f"{result.ranks} ranks, the first on {where}"
-    table = Table(title=f"{result.model} on {where}")
+    table = Table(title=f"{Path(result.model).absolute().name} on {where}")
     table.add_column("measured")
     table.add_column("", justify="right")
     rows = [

@@ -25,14 +25,6 @@ _MPS = torch.device("mps")
 _ALIGNMENT = 16  # bytes that kernels load at a time
 
 
-class _DeviceInputs(RowInputs):
-    """With copies on MPS of what kernels read there."""
-
-    def fill(self, cache: List[Sequence], counts: List[int], length: int = 0) -> None:
-        super().fill(cache, counts, length)
-        self.device_rope, self.device_tables = self.rope.to(_MPS), self.tables.to(_MPS)
-
-
 class MetalDecodePlan(DecodePlan):
     """Computes the next tokens of up to 8 rows of ``model`` on MPS, in f32 whatever its dtype.
 
@@ -62,16 +54,13 @@ class MetalDecodePlan(DecodePlan):
             check_plan(self._formats, rows)
             self._checked.add(rows)
 
-    def row_inputs(self) -> RowInputs:
-        return _DeviceInputs(self._rope_rows)
-
     def run(self, x: Tensor, inputs: RowInputs, slabs: list[Tensor], out: Tensor) -> None:
-        """As ``DecodePlan.run``; x and ``out`` are on the CPU."""
-        assert isinstance(inputs, _DeviceInputs), "what row_inputs gives"
+        """As ``DecodePlan.run``; x and ``out`` are on the CPU. Waits once, for the result."""
         rows = torch.empty(out.shape, device=_MPS)
-        rope, tables = inputs.device_rope, inputs.device_tables
-        self.step(x.to(_MPS), inputs.positions, rope, tables, slabs, rows)
-        out.copy_(rows)
+        given = x, inputs.rope, inputs.tables
+        on_device, rope, tables = (t.to(_MPS, non_blocking=True) for t in given)
+        self.step(on_device, inputs.positions, rope, tables, slabs, rows)
+        out.copy_(rows)  # then all was read that is the caller's again
 
     def read(self, tokens: List[int], sequence: Sequence, length: int) -> None:
         """Puts tokens into the sequence, one at a time; ``length`` as for ``advance``."""

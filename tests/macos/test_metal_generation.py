@@ -105,9 +105,13 @@ def test_smollm2_writes_the_same_text(mac):
     """16 greedy tokens, all in float32, from weights that came once and lie in one buffer."""
     path = builtin_model()
     prompt = Tokenizer.from_dir(path).encode("The capital of France is")
-    expected, actual = (ids_of(model, prompt, 16) for model in on_both(path))
+    models = on_both(path)
+    expected, actual = (ids_of(model, prompt, 16) for model in models)
     assert actual == expected
     assert len(set(expected)) > 4
+    passes, dispatches, _ = mac.plan_statistics()
+    ids_of(models[1], prompt[:1], 2)
+    assert mac.plan_statistics()[:2] == (passes + 2, dispatches + 2 * (5 * 30 + 3))
     before = mac.uploaded_bytes(), mac.allocated_bytes()
     model = load_model(path, device="mps")
     assert mac.uploaded_bytes() - before[0] == model.checkpoint.weight_bytes
@@ -213,6 +217,14 @@ def test_penalties_are_those_of_the_cpu(tmp_path, late):
         batch_on(model, [prompt_of(12)], 24, sampling) for model in tiny_on_both(tmp_path / "model")
     ]
     assert texts[0] == texts[1]
+
+
+def test_a_token_that_the_host_draws_is_waited_for_once(tmp_path, late):
+    _, model = tiny_on_both(tmp_path / "model")
+    waits = []
+    sampling = SamplingParams(repetition_penalty=1.3)
+    batch_on(model, [prompt_of(12)], 6, sampling, lambda: waits.append(late.waits()))
+    assert [after - before for before, after in itertools.pairwise(waits)] == [1] * 5
 
 
 @pytest.mark.parametrize("sampling", [None, SAMPLINGS["nucleus"]])

@@ -10,7 +10,8 @@ import tiny
 import torch
 from typer.testing import CliRunner
 
-from torch_q4metal import bench, doctor, ops
+from torch_q4metal import bench, chat, doctor, ops
+from torch_q4metal.cli import EXIT_USAGE
 from torch_q4metal.errors import Q4MetalError
 from torch_q4metal.models import load_model
 
@@ -76,6 +77,23 @@ def test_an_unknown_precision_is_one_sentence(tmp_path, small_probe):
     result = CliRunner().invoke(bench.app, ["--model", str(path), "--precision", "half"])
     assert isinstance(result.exception, Q4MetalError)
     assert "precision" in str(result.exception)
+
+
+@pytest.mark.parametrize("app", [bench.app, chat.app], ids=["bench", "chat"])
+@pytest.mark.parametrize(
+    "words", [["--split", "1,1"], ["--stream-weights"], ["--stage-timeout", "30"]]
+)
+def test_options_of_several_ranks_are_refused_on_one(app, words):
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == EXIT_USAGE
+    assert f"Invalid value for {words[0]}: it is for several ranks" in result.output
+
+
+@pytest.mark.parametrize("words", [["--model", "m"], ["--connect", "here:1"], ["--json"]])
+def test_doctor_says_what_belongs_to_cluster(words):
+    result = CliRunner().invoke(doctor.app, words)
+    assert result.exit_code == EXIT_USAGE
+    assert f"Invalid value for {words[0]}: it needs --cluster" in result.output
 
 
 def test_doctor_lists_what_a_bug_report_needs(monkeypatch):

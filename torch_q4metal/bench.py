@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .cli import EXIT_ERROR, run
+from .cli import EXIT_ERROR, FOR_SEVERAL_RANKS, refuse, run
 from .terminal import show_log, status
 
 if TYPE_CHECKING:
@@ -271,12 +271,15 @@ def main(
         int, typer.Option("-b", "--batch", min=1, max=8, help="texts that are decoded together")
     ] = 1,
     split: Annotated[
-        str, typer.Option(help="layers of each of several ranks: auto, memory or 10,18")
-    ] = "auto",
+        str | None,
+        typer.Option(help="layers of each of several ranks: auto (default), memory or 10,18"),
+    ] = None,
     stage_timeout: Annotated[
-        float,
-        typer.Option(min=1, help="seconds after which a silent rank is lost; rank 0's counts"),
-    ] = 30.0,
+        float | None,
+        typer.Option(
+            min=1, help="seconds after which a silent rank is lost; rank 0's counts; 30 if left out"
+        ),
+    ] = None,
     stream_weights: Annotated[
         bool,
         typer.Option("--stream-weights", help="ranks without files get theirs from rank 0"),
@@ -312,8 +315,18 @@ def main(
     from .builtin_model import builtin_model
     from .hub import resolve_model
     from .pipeline import launch
+    from .pipeline.liveness import DEFAULT_TIMEOUT
 
     place = launch.own_place()
+    if place is None:
+        refuse(
+            {
+                "--split": split,
+                "--stream-weights": stream_weights,
+                "--stage-timeout": stage_timeout,
+            },
+            FOR_SEVERAL_RANKS,
+        )
     launch.use_interface(interface)
     launch.set_threads(threads)
     if place is not None and place.rank > 0:
@@ -342,9 +355,9 @@ def main(
             revision,
             offline,
             batch,
-            split,
+            split or "auto",
             stream_weights,
-            stage_timeout,
+            stage_timeout or DEFAULT_TIMEOUT,
             device,
         )
     if as_json:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NoReturn
 
 from .errors import Q4MetalError
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
+FOR_SEVERAL_RANKS = "it is for several ranks; start them with torchrun or torch_q4metal.cluster."
 
 
 def console() -> "Console":
@@ -18,6 +20,15 @@ def console() -> "Console":
     from rich.console import Console
 
     return Console(stderr=True, highlight=False)
+
+
+def refuse(given: Mapping[str, object], why: str) -> None:
+    """A usage error, ``why``, for the first option, by name, that was given: that has a value."""
+    import typer
+
+    for name, value in given.items():
+        if value:
+            raise typer.BadParameter(why, param_hint=name)
 
 
 def run(app: "typer.Typer") -> NoReturn:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli import EXIT_ERROR, run
+from .cli import EXIT_ERROR, refuse, run
 from .errors import Q4MetalError
 
 if TYPE_CHECKING:
@@ -155,6 +155,16 @@ def main(
         return
     if place is not None:
         raise typer.BadParameter("several ranks need --cluster.", param_hint="doctor")
+    refuse(
+        {
+            "--model": model,
+            "--connect": connect,
+            "--interface": interface,
+            "--threads": threads,
+            "--json": as_json,
+        },
+        "it needs --cluster beside it.",
+    )
     for title, rows in (
         ("versions", versions()),
         ("device", device()),

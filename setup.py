@@ -89,8 +89,8 @@ if sys.platform == "darwin":
         "csrc/metal/read_probe_mps.cpp",
         "csrc/metal/sink.mm",
     ]
-    # A wrong selector is only a warning otherwise.
-    FLAGS += ["-fobjc-arc", "-Werror=objc-method-access"]
+    # A wrong selector is only a warning otherwise. No ARC: see csrc/metal/library.h.
+    FLAGS += ["-Werror=objc-method-access"]
     LINK_FLAGS += ["-framework", "Metal", "-framework", "Foundation"]
 
 

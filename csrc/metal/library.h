@@ -6,6 +6,12 @@
 #include <memory>
 #include <string>
 
+// With ARC a pair of objects is returned in memory and released by who gets it. torch was compiled
+// without: it returns its pipelines in registers and goes on owning them.
+#ifdef __OBJC__
+static_assert(!__has_feature(objc_arc), "compile without -fobjc-arc, as torch was");
+#endif
+
 namespace q4metal::mps {
 
 // Compiled on first use. Math mode "safe" (no reassociation, infinities and NaN kept: two rows of

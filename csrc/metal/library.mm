@@ -7,7 +7,7 @@
 namespace q4metal::mps {
 
 std::unique_ptr<at::native::mps::MetalShaderLibrary> make_library(std::string source) {
-  MTLCompileOptions* options = [[MTLCompileOptions alloc] init];
+  MTLCompileOptions* options = [[MTLCompileOptions alloc] init]; // the library's, for good
   options.languageVersion = MTLLanguageVersion3_1;
   // mathMode came with macOS 15, and with its SDK. @available would pull in a runtime library of
   // Apple's compiler.
@@ -23,7 +23,7 @@ std::unique_ptr<at::native::mps::MetalShaderLibrary> make_library(std::string so
 // The pipeline's type is part of torch's symbols, so plain C++ could not ask for it.
 const void* pipeline_state(at::native::mps::MetalShaderLibrary& library,
                            const std::string& kernel) {
-  return (__bridge const void*)library.getPipelineStateForFunc(kernel);
+  return library.getPipelineStateForFunc(kernel);
 }
 
 } // namespace q4metal::mps

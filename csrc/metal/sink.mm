@@ -22,15 +22,16 @@ struct Failure {
 
 class MetalSink final : public CommandSink {
 public:
+  // The encoder lives as long as the autorelease pool that it was made in.
   explicit MetalSink(id<MTLComputeCommandEncoder> encoder) : encoder_(encoder) {}
   ~MetalSink() override { [encoder_ endEncoding]; }
 
   void pipeline(const void* state) override {
-    [encoder_ setComputePipelineState:(__bridge id<MTLComputePipelineState>)state];
+    [encoder_ setComputePipelineState:(id<MTLComputePipelineState>)state];
   }
 
   void buffer(unsigned index, Memory memory) override {
-    [encoder_ setBuffer:(__bridge id<MTLBuffer>)memory.buffer offset:memory.offset atIndex:index];
+    [encoder_ setBuffer:(id<MTLBuffer>)memory.buffer offset:memory.offset atIndex:index];
   }
 
   void bytes(unsigned index, const void* data, size_t size) override {
@@ -39,7 +40,7 @@ public:
 
   void resident(Memory memory, bool written) override {
     const NSUInteger usage = MTLResourceUsageRead | (written ? MTLResourceUsageWrite : 0);
-    [encoder_ useResource:(__bridge id<MTLBuffer>)memory.buffer usage:MTLResourceUsage(usage)];
+    [encoder_ useResource:(id<MTLBuffer>)memory.buffer usage:MTLResourceUsage(usage)];
   }
 
   void dispatch(const Launch& launch) override {

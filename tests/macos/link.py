@@ -89,6 +89,13 @@ def check_symbols(linked: MachO, torch: Path) -> int:
     return len(needed)
 
 
+def check_memory_management(linked: MachO) -> None:
+    """That nothing was compiled with ARC, which releases what torch owns (csrc/metal/library.h)."""
+    words = ("_objc_retain", "_objc_release", "_objc_storeStrong")
+    if found := sorted(name for name in linked.undefined() if name.startswith(words)):
+        raise LinkError(f"the extension was compiled with ARC: it needs {', '.join(found)}")
+
+
 def check_private_names(torch: Path) -> None:
     """That torch on a Mac has what Python code takes of ``torch._C``, which promises nothing."""
     content = (torch / "lib/libtorch_python.dylib").read_bytes()
@@ -156,6 +163,7 @@ def main() -> None:
         wheel = download(requirement)
         torch = unpacked_torch(wheel)
         linked = MachO(build(torch))
+        check_memory_management(linked)
         check_private_names(torch)
         symbols, sent = check_symbols(linked, torch), check_messages(linked, messages)
         print(f"{wheel.name}: linked; {symbols} symbols and {sent} messages exist", flush=True)

@@ -12,7 +12,7 @@ import torch
 METAL = cross_compiler.ROOT / "csrc" / "metal"
 INCLUDE = Path(torch.__file__).parent / "include"
 FLAGS = [
-    "-std=c++20", "-Wall", "-fobjc-arc", "-Werror=objc-method-access",
+    "-std=c++20", "-Wall", "-Werror=objc-method-access",
     "-isystem", str(INCLUDE), "-isystem", str(INCLUDE / "torch/csrc/api/include"),
 ]  # fmt: skip
 
@@ -25,9 +25,13 @@ SLIPS = {
         ("0u, options", "options", "no matching"),
     ],
     "sink.mm": [
-        ("memoryBarrierWithScope:", "memoryBarrierWithScopes:", "'memoryBarrierWithScopes:'"),
-        ("(__bridge id<MTLComputePipelineState>)state", "state", "of type 'const void *'"),
-        ("offset:memory.offset atIndex:index", "atIndex:index", "'setBuffer:atIndex:'"),
+        (
+            "memoryBarrierWithScope:",
+            "memoryBarrierWithScopes:",
+            "memoryBarrierWithScopes:' not found",
+        ),
+        ("(id<MTLComputePipelineState>)state", "state", "of type 'const void *'"),
+        ("offset:memory.offset atIndex:index", "atIndex:index", "setBuffer:atIndex:' not found"),
         ("SyncType::COMMIT)", "SyncType::SUBMIT)", "no member named 'SUBMIT'"),
     ],
 }
@@ -44,6 +48,15 @@ def test_every_file_type_checks(sdk):
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         said = list(pool.map(lambda file: cross_compiler.check_syntax(file, *FLAGS, *sdk), files))
     assert said == [""] * len(files)
+
+
+def test_arc_is_refused(planted):
+    """Whose calls of torch's functions are not those that torch was compiled for."""
+    said = cross_compiler.check_syntax(METAL / "library.mm", *FLAGS, "-fobjc-arc")
+    (line,) = [
+        line for line in said.splitlines() if "without -fobjc-arc" in line and "error" in line
+    ]
+    planted("library.mm with ARC", line.partition("error: ")[2])
 
 
 @pytest.mark.parametrize("name", SLIPS)

@@ -144,8 +144,8 @@ def main(
     split: Annotated[
         str | None,
         typer.Option(
-            help="Layers of each of several ranks: auto (the default) by measured speed, "
-            "memory, or numbers like 10,18.",
+            help="Layers of each of several ranks: auto (the default, by measured "
+            "speed), memory, or numbers like 10,18.",
             rich_help_panel=MODEL,
         ),
     ] = None,

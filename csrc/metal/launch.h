@@ -7,7 +7,8 @@
 // replaced, once a file, by the text of that file (paths are relative to the including file);
 // `#include <...>` lines stay. To it the host appends `Kernel::instantiation` of the kernels that
 // it needs, one line each, and compiles the whole: nothing else is compiled. The pipeline is then
-// found by `Kernel::name`. Compile with math mode "safe", language version 3.1.
+// found by `Kernel::name`. Compile with math mode "safe" and precise functions, language
+// version 3.1.
 //
 // Buffers, by index (every one must be bound; where one is not used, bind any other buffer):
 //   q4_matvec        0 weight  1 scales  2 biases  3 bias  4 x   5 y    6 MatvecArgs

@@ -9,14 +9,13 @@ namespace q4metal::mps {
 std::unique_ptr<at::native::mps::MetalShaderLibrary> make_library(std::string source) {
   MTLCompileOptions* options = [[MTLCompileOptions alloc] init]; // the library's, for good
   options.languageVersion = MTLLanguageVersion3_1;
-  // mathMode came with macOS 15, and with its SDK. @available would pull in a runtime library of
-  // Apple's compiler.
-#if __MAC_OS_X_VERSION_MAX_ALLOWED >= 150000
-  if ([options respondsToSelector:@selector(setMathMode:)])
-    options.mathMode = MTLMathModeSafe;
-  else
-#endif
-    options.fastMathEnabled = NO;
+  // On every macOS this is mathMode "safe" and the precise functions. The properties that took its
+  // place in macOS 15 are two, and mathMode alone leaves exp and log to the fast functions; older
+  // SDKs do not have them.
+#pragma clang diagnostic push
+#pragma clang diagnostic ignored "-Wdeprecated-declarations"
+  options.fastMathEnabled = NO;
+#pragma clang diagnostic pop
   return std::make_unique<at::native::mps::MetalShaderLibrary>(std::move(source), 0u, options);
 }
 

@@ -21,7 +21,7 @@ FLAGS = [
 SLIPS = {
     "library.mm": [
         ("options.languageVersion", "options.langVersion", "'langVersion' not found"),
-        ("MTLMathModeSafe", "MTLMathModeExact", "identifier 'MTLMathModeExact'"),
+        ("options.fastMathEnabled", "options.fastMath", "'fastMath' not found"),
         ("0u, options", "options", "no matching"),
     ],
     "sink.mm": [

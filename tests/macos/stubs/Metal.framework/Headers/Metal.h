@@ -17,13 +17,6 @@ static inline MTLSize MTLSizeMake(NSUInteger width, NSUInteger height, NSUIntege
 typedef enum MTLLanguageVersion : NSUInteger {
   MTLLanguageVersion3_1 = (3 << 16) + 1,
 } MTLLanguageVersion;
-#if __MAC_OS_X_VERSION_MAX_ALLOWED >= 150000
-typedef enum MTLMathMode : NSInteger {
-  MTLMathModeSafe = 0,
-  MTLMathModeRelaxed = 1,
-  MTLMathModeFast = 2,
-} MTLMathMode;
-#endif
 typedef enum MTLDispatchType : NSUInteger {
   MTLDispatchTypeSerial = 0,
   MTLDispatchTypeConcurrent = 1,
@@ -44,10 +37,7 @@ typedef enum MTLCommandBufferStatus : NSUInteger {
 typedef void (^MTLCommandBufferHandler)(id<MTLCommandBuffer> buffer);
 
 @interface MTLCompileOptions : NSObject
-@property(readwrite, nonatomic) BOOL fastMathEnabled;
-#if __MAC_OS_X_VERSION_MAX_ALLOWED >= 150000
-@property(readwrite, nonatomic) MTLMathMode mathMode;
-#endif
+@property(readwrite, nonatomic) BOOL fastMathEnabled __attribute__((deprecated));
 @property(readwrite, nonatomic) MTLLanguageVersion languageVersion;
 @end
 

@@ -160,6 +160,7 @@ struct Kernel {
   const char* family; // the file, without its suffix
   std::string name;
   std::string instantiation;
+  uint32_t threads = 256; // of its threadgroups, at most
 };
 
 // promote(x, scales).

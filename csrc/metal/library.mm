@@ -25,4 +25,8 @@ const void* pipeline_state(at::native::mps::MetalShaderLibrary& library,
   return library.getPipelineStateForFunc(kernel);
 }
 
+uint64_t max_threads(const void* pipeline_state) {
+  return ((__bridge id<MTLComputePipelineState>)pipeline_state).maxTotalThreadsPerThreadgroup;
+}
+
 } // namespace q4metal::mps

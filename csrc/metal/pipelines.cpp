@@ -53,6 +53,12 @@ std::unique_ptr<MetalShaderLibrary> compile(const char* family, const std::strin
   return library;
 }
 
+// Metal drops a dispatch of larger threadgroups without an error.
+void check_threads(const std::string& kernel, uint64_t wanted, uint64_t allowed) {
+  TORCH_CHECK(allowed >= wanted, "the Metal kernel ", kernel, " needs threadgroups of ", wanted,
+              " threads; on this GPU it may have ", allowed);
+}
+
 } // namespace
 
 std::shared_ptr<Function> pipeline(const KernelKey& key) {
@@ -71,21 +77,26 @@ std::shared_ptr<Function> pipeline(const KernelKey& key) {
 std::vector<const void*> pipeline_states(const std::vector<Kernel>& kernels) {
   auto& cache = Cache::instance();
   const std::lock_guard lock(cache.mutex);
-  std::map<std::string, std::map<std::string, std::string>> missing; // family, name, instantiation
+  std::map<std::string, std::map<std::string, Kernel>> missing; // by family and name
   for (const Kernel& kernel : kernels)
     if (!cache.states.count(kernel.name))
-      missing[kernel.family][kernel.name] = kernel.instantiation;
+      missing[kernel.family].emplace(kernel.name, kernel);
   for (const auto& [family, wanted] : missing) {
     std::string instantiations, names;
-    for (const auto& [name, instantiation] : wanted) {
-      instantiations += instantiation;
+    for (const auto& [name, kernel] : wanted) {
+      instantiations += kernel.instantiation;
       names += (names.empty() ? "" : " ") + name;
     }
-    cache.libraries.push_back(
-        compile(family.c_str(), instantiations, names, [&](MetalShaderLibrary& made) {
-          for (const auto& [name, instantiation] : wanted)
-            cache.states[name] = pipeline_state(made, name);
-        }));
+    std::unordered_map<std::string, const void*> made;
+    auto library =
+        compile(family.c_str(), instantiations, names, [&](MetalShaderLibrary& compiled) {
+          for (const auto& [name, kernel] : wanted)
+            made[name] = pipeline_state(compiled, name);
+        });
+    for (const auto& [name, kernel] : wanted)
+      check_threads(name, kernel.threads, max_threads(made.at(name)));
+    cache.libraries.push_back(std::move(library));
+    cache.states.merge(made);
   }
   std::vector<const void*> states;
   for (const Kernel& kernel : kernels)

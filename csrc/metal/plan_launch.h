@@ -279,8 +279,8 @@ inline Kernel head_kernel(const Format& matrix, int rows) {
 }
 
 // Not templates: the family's text holds them as they are.
-inline Kernel argmax_kernel() { return {"plan_token", "plan_argmax", ""}; }
-inline Kernel sample_kernel() { return {"plan_sample", "plan_sample", ""}; }
+inline Kernel argmax_kernel() { return {"plan_token", "plan_argmax", "", kTokenThreads}; }
+inline Kernel sample_kernel() { return {"plan_sample", "plan_sample", "", kTokenThreads}; }
 inline Kernel copy_kernel() { return {"plan_token", "plan_copy", ""}; }
 inline Kernel read_probe_kernel() { return {"read_probe", "read_probe", ""}; }
 

@@ -45,6 +45,7 @@ struct Opened : at::native::mps::MetalShaderLibrary {
 
 namespace at::native::mps {
 
+using q4metal::mps::max_threads;
 using standin::Encoding;
 
 MetalKernelFunction::MetalKernelFunction(MTLComputePipelineState_t pipeline, MTLFunction_t function)
@@ -52,7 +53,9 @@ MetalKernelFunction::MetalKernelFunction(MTLComputePipelineState_t pipeline, MTL
 
 MetalKernelFunction::~MetalKernelFunction() { delete static_cast<Encoding*>(cps); }
 
-uint64_t MetalKernelFunction::getMaxThreadsPerThreadgroup() const { return standin::kMaxThreads; }
+uint64_t MetalKernelFunction::getMaxThreadsPerThreadgroup() const {
+  return max_threads(&static_cast<Encoding*>(cps)->pipeline);
+}
 
 void MetalKernelFunction::runCommandBlock(std::function<void(void)> block) {
   auto& encoding = *static_cast<Encoding*>(cps);
@@ -144,4 +147,9 @@ const void* q4metal::mps::pipeline_state(at::native::mps::MetalShaderLibrary& li
                                          const std::string& kernel) {
   void* handle = static_cast<standin::Opened&>(library).handle();
   return new standin::Pipeline(standin::pipeline(handle, kernel));
+}
+
+uint64_t q4metal::mps::max_threads(const void* pipeline_state) {
+  const auto& pipeline = *static_cast<const standin::Pipeline*>(pipeline_state);
+  return pipeline.program->library().max_threads(pipeline.name);
 }

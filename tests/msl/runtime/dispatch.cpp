@@ -14,6 +14,10 @@ namespace {
 
 std::mutex one_at_a_time;
 
+uint32_t safe_threads(const msl_kernel_entry& kernel) {
+  return kernel.max_threads == 0 ? kSafeThreads : kernel.max_threads;
+}
+
 std::string check_sizes(const msl_dispatch& d, const msl_kernel_entry& kernel) {
   uint64_t threads = 1;
   for (int i = 0; i < 3; i++) {
@@ -25,7 +29,7 @@ std::string check_sizes(const msl_dispatch& d, const msl_kernel_entry& kernel) {
   }
   if (threads > kMaxThreads)
     return "a threadgroup of " + std::to_string(threads) + " threads; at most 1024 are possible";
-  if (threads > (kernel.max_threads == 0 ? kSafeThreads : kernel.max_threads))
+  if (threads > safe_threads(kernel))
     return "a threadgroup of " + std::to_string(threads) +
            " threads; Metal may drop it unless max_total_threads_per_threadgroup says so";
   if (d.threadgroup_bytes_count > kThreadgroupArguments)
@@ -171,6 +175,10 @@ MSL_EXPORT int msl_kernel_find(const char* name) {
     if (!strcmp(msl_kernels[i].name, name))
       return static_cast<int>(i);
   return -1;
+}
+
+MSL_EXPORT uint32_t msl_kernel_max_threads(uint32_t kernel) {
+  return msl::safe_threads(msl_kernels[kernel]);
 }
 
 MSL_EXPORT uint32_t msl_parameter_count(uint32_t kernel) {

@@ -27,6 +27,11 @@ public:
   bool has(const std::string& kernel) const {
     return find<decltype(msl_kernel_find)>("msl_kernel_find")(kernel.c_str()) >= 0;
   }
+  // How large a threadgroup of `kernel`, which exists, may be on every device.
+  uint32_t max_threads(const std::string& kernel) const {
+    const int k = find<decltype(msl_kernel_find)>("msl_kernel_find")(kernel.c_str());
+    return find<decltype(msl_kernel_max_threads)>("msl_kernel_max_threads")(uint32_t(k));
+  }
   // The n of [[function_constant(n)]], or -1.
   int constant(const std::string& name) const {
     return find<decltype(msl_constant_find)>("msl_constant_find")(name.c_str());

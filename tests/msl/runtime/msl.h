@@ -70,8 +70,9 @@ int msl_abi(void);    // MSL_ABI
 int msl_checks(void); // 1: check build, 0: typed build
 uint32_t msl_kernel_count(void);
 const char* msl_kernel_name(uint32_t kernel);
-int msl_kernel_find(const char* name);         // its number, or -1
-uint32_t msl_parameter_count(uint32_t kernel); // buffers only
+int msl_kernel_find(const char* name);            // its number, or -1
+uint32_t msl_kernel_max_threads(uint32_t kernel); // of a threadgroup, whatever the device
+uint32_t msl_parameter_count(uint32_t kernel);    // buffers only
 const msl_parameter* msl_parameter_get(uint32_t kernel, uint32_t i);
 int msl_constant_find(const char* name); // n of its function_constant(n), or -1
 

@@ -6,8 +6,11 @@
 // + 1) * bits). W[n][k] = scales[n][k / group_size] * code[n][k] + biases[n][k / group_size].
 #pragma once
 
-// Constants at namespace scope live in Metal's constant address space.
+// Metal's names for types are in namespace metal. Constants at namespace scope live in its constant
+// address space.
 #ifdef __METAL_VERSION__
+#include <metal_stdlib>
+using namespace metal;
 #define Q4_CONSTANT constant constexpr
 #else
 #include <cstdint>

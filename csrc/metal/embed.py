@@ -24,7 +24,9 @@ def complete_text(family: str) -> str:
 def _inlined(path: Path, seen: set[Path]) -> str:
     seen.add(path)
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        if not line.isascii():
+            raise ValueError(f"{path}:{number}: not ASCII, as which torch hands text to Metal")
         include = _INCLUDE.match(line)
         if include:
             inner = (path.parent / include[1]).resolve()

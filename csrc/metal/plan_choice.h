@@ -1,11 +1,8 @@
 // The best of a row's candidates, over a threadgroup of kTokenThreads.
 #pragma once
 
-#include <metal_stdlib>
-
 #include "plan_launch.h"
 
-using namespace metal;
 using namespace q4metal::mps;
 
 struct Candidate {

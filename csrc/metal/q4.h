@@ -5,11 +5,8 @@
 // choice of contraction, so a row has the same bits alone and among eight.
 #pragma once
 
-#include <metal_stdlib>
-
 #include "launch.h"
 
-using namespace metal;
 using namespace q4metal;
 using namespace q4metal::mps;
 

@@ -1,9 +1,6 @@
 // Reads memory and does nothing else worth mentioning: what matrix kernels are compared with.
-#include <metal_stdlib>
-
 #include "plan_launch.h"
 
-using namespace metal;
 using namespace q4metal::mps;
 
 // sums [kProbeGroups * kProbeThreads / 32]: of the 32-bit words that a simdgroup has read.

@@ -135,6 +135,8 @@ TYPE_ERRORS = [
     ("float a[4]; y[i] = a[4];", "array index 4 is past the end of the array"),
     ("float a; y[i] = a;", "variable 'a' is uninitialized when used here"),
     ("static_assert(sizeof(1.0) == 8);", "static assertion failed"),
+    ("if constexpr (true) y[i] = 0;", "constexpr if is a C++17 extension; Metal is C++14"),
+    ("y[i] = y[0] * y[1] + x[0];", "a product and a sum in one statement; write fma(...)"),
 ]  # fmt: skip
 
 
@@ -142,8 +144,9 @@ TYPE_ERRORS = [
 def test_type_error_names_the_line(text: str, message: str) -> None:
     head = "#include <metal_stdlib>\nusing namespace metal;\n"
     source = f"{head}kernel void k({PARAMETERS}) {{\n{text}\n}}\n"
+    mode = "check" if "cast" in message or "product" in message else "typed"  # found in the code
     with pytest.raises(MetalCompileError) as error:
-        compile(source, "check" if "cast" in message else "typed")
+        compile(source, mode)
     assert message in str(error.value)
     assert "text.metal:6: " in str(error.value)
 

@@ -33,7 +33,8 @@ kernel void matvec(device const uint* weight [[buffer(0)]], device const half* s
       const float4 b = float4(q >> 16 & 15, q >> 20 & 15, q >> 24 & 15, q >> top);  // 5
       const uint g = kFault == 6 ? i / 4 : i * 8 / kGroup;
       const float scale = scales[row * groups + g];  // 6
-      sums[kFault == 7 ? r + 1 : r] += scale * (dot(low, a) + dot(high, b));  // 7
+      const uint to = kFault == 7 ? r + 1 : r;
+      sums[to] = fma(scale, dot(low, a) + dot(high, b), sums[to]);  // 7
     }
   }
   if (kFault == 8) ((device half*)x)[lane] = 0.0h;  // 8

@@ -26,7 +26,7 @@ const void* pipeline_state(at::native::mps::MetalShaderLibrary& library,
 }
 
 uint64_t max_threads(const void* pipeline_state) {
-  return ((__bridge id<MTLComputePipelineState>)pipeline_state).maxTotalThreadsPerThreadgroup;
+  return ((id<MTLComputePipelineState>)pipeline_state).maxTotalThreadsPerThreadgroup;
 }
 
 } // namespace q4metal::mps

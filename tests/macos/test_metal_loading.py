@@ -1,5 +1,6 @@
 """Models on MPS: one copy of the weights in few buffers, by safetensors or through staging."""
 
+import gc
 import json
 
 import pytest
@@ -105,6 +106,7 @@ def mapped_files():
 def test_one_copy_in_one_buffer(mac, model_of):
     """Whatever the way: what is left is one buffer, and nothing of the files is mapped."""
     written = model_of(shards=3, tied=False, attention_bias=True)
+    gc.collect()  # models of tests before this one
     before = mac.allocations(), mac.allocated_bytes()
     model = load_model(written.path, device="mps")
     temporary = 0 if model_of.is_staged else len(written.tensors)

@@ -25,7 +25,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RUNTIME, HOST = HERE / "runtime", HERE / "host"
 _CLANG = [str(Path(ziglang.__file__).parent / "zig"), "clang", "-target", "x86_64-linux-gnu"]
-_LANGUAGE = ["-x", "c++", "-std=c++14", "-nostdinc"]  # as Metal 3
+# Metal 3 is C++14; its vectors don't convert by themselves.
+_LANGUAGE = ["-x", "c++", "-std=c++14", "-nostdinc", "-flax-vector-conversions=none"]
 # host/ takes more of C++, of which clang would warn in headers that are not the system's.
 _HEADERS = ["-isystem", str(HOST)]
 # Literals without suffix are float in Metal; half and bfloat round after every operation.
@@ -141,7 +142,7 @@ def _preprocess(text: str, name: str, include_dirs: Sequence[Path], defines: Seq
 @cache
 def _tool_parts() -> tuple[str, ...]:
     """Everything besides the text that a build depends on."""
-    parts = (HERE / f"{name}.py" for name in ("build", "lexer", "lint", "rewrite"))
+    parts = (HERE / f"{name}.py" for name in ("build", "lexer", "lint", "parameters", "rewrite"))
     files = [*HOST.rglob("*"), *RUNTIME.iterdir(), *parts]
     version = subprocess.run([*_CLANG, "--version"], capture_output=True, text=True, check=True)
     return (version.stdout, *(f.read_text() for f in sorted(files) if f.is_file()))

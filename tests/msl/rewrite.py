@@ -8,29 +8,15 @@ stay where they are.
 import re
 from dataclasses import dataclass, field
 
+from . import parameters
 from .lexer import MetalSyntaxError, Tokens, lex
+from .parameters import Argument
 
 _SPACES = ("device", "constant", "threadgroup", "thread")
-_LAST_BUFFER = 30
 _VECTOR = re.compile(r"(char|uchar|short|ushort|int|uint|long|ulong|half|bfloat|float|bool)[234]$")
 _FUNCTION_CONSTANT = re.compile(
     r"constant (?:const )?(\w+) (\w+) ?\[\[ ?function_constant ?\( ?(.+?) ?\) ?\]\]$"
 )
-
-
-@dataclass
-class Argument:
-    """A kernel's parameter: its text without attribute, the attribute and what stands in it."""
-
-    declaration: str
-    attribute: str
-    index: str
-    guard: str  # the function constant that says whether it is bound
-
-    @property
-    def name(self) -> str:
-        """The last word of the declaration."""
-        return str(re.findall(r"\w+", self.declaration)[-1])
 
 
 @dataclass
@@ -134,7 +120,7 @@ class _Rewriter:
             is_template = t.at(first) == "template"
             arguments = [self._argument(a, b) for a, b in t.split(open_ + 1, t.closing(open_))]
             self._number_buffers(arguments)
-            _check_numbers(arguments, t[i].place)
+            parameters.check(arguments, t[i].place)
             kernel = Kernel(t.at(name), arguments, is_template, self._max_threads(first, name))
             if not is_template:
                 host = self._host_name(first, name)
@@ -386,15 +372,6 @@ class _Rewriter:
             '__attribute__((no_sanitize("thread"))) '
             f'extern "C" void msl_derive_constants() {{ {body} }}',
         ]
-
-
-def _check_numbers(arguments: list[Argument], place: str) -> None:
-    numbers = [int(a.index) for a in arguments if a.attribute == "buffer" and a.index.isdigit()]
-    for n in numbers:
-        if n > _LAST_BUFFER:
-            raise MetalSyntaxError(f"{place}: buffer({n}): Metal has 0 to {_LAST_BUFFER}")
-        if numbers.count(n) > 1:
-            raise MetalSyntaxError(f"{place}: buffer({n}) is bound twice")
 
 
 def _is_defined(text: str) -> str:

@@ -102,6 +102,7 @@ template <class T> inline T abs(T x) {
 }
 
 // Both arguments of one type: where Metal finds its overloads ambiguous, so is this an error.
+// Of a NaN and a number they give the number.
 #define MSL_CHOOSE(name, condition)                                                                \
   template <class T> inline T name(T a, T b) {                                                     \
     if constexpr (msl::is_vector<T>) {                                                             \
@@ -110,7 +111,7 @@ template <class T> inline T abs(T x) {
         r[i] = name(a[i], b[i]);                                                                   \
       return r;                                                                                    \
     } else {                                                                                       \
-      return (condition) ? b : a;                                                                  \
+      return (condition) || a != a ? b : a;                                                        \
     }                                                                                              \
   }
 MSL_CHOOSE(min, b < a)

@@ -18,6 +18,11 @@ namespace msl {
 
 inline uint lane() { return msl_self->lane; }
 
+template <class T> constexpr void check_exchanged() {
+  static_assert(sizeof(element<T>) <= 4 && !metal::is_same_v<T, bool>,
+                "a simdgroup does not exchange bool, long or ulong");
+}
+
 // The first lane combines all operands pairwise, every lane gets the result.
 template <class T, class F>
 __attribute__((noinline)) T reduce(T x, const msl_site& site, F combine) {
@@ -94,9 +99,11 @@ inline void simdgroup_barrier(mem_flags flags, MSL_SITE) {
 
 #define MSL_REDUCE(name, expression)                                                               \
   template <class T> inline T simd_##name(T x, MSL_SITE) {                                         \
+    msl::check_exchanged<T>();                                                                     \
     return msl::reduce(x, MSL_AT("simd_" #name), [](T a, T b) -> T { return expression; });        \
   }                                                                                                \
   template <class T> inline T quad_##name(T x, MSL_SITE) {                                         \
+    msl::check_exchanged<T>();                                                                     \
     return msl::quad_reduce(x, MSL_AT("quad_" #name), [](T a, T b) -> T { return expression; });   \
   }
 MSL_REDUCE(sum, a + b)
@@ -126,6 +133,7 @@ inline bool simd_is_first() { return msl::lane() == 0; }
 
 #define MSL_MOVE(name, parameter, source)                                                          \
   template <class T> inline T name(T x, ushort parameter, MSL_SITE) {                              \
+    msl::check_exchanged<T>();                                                                     \
     return msl::from_lane(x, source, MSL_AT(#name));                                               \
   }
 MSL_MOVE(simd_shuffle, from, from)
@@ -144,6 +152,7 @@ template <class T> inline T simd_broadcast_first(T x, MSL_SITE) {
 // Beyond the edge the result is not defined in Metal: here it is all ones, NaN in floating point.
 #define MSL_SHIFT(name, source)                                                                    \
   template <class T> inline T name(T x, ushort n, MSL_SITE) {                                      \
+    msl::check_exchanged<T>();                                                                     \
     T undefined;                                                                                   \
     __builtin_memset(&undefined, 0xFF, sizeof(T));                                                 \
     return msl::from_lane_or(x, source, undefined, MSL_AT(#name));                                 \
@@ -159,6 +168,7 @@ template <class T> inline T simd_shuffle_and_fill_up(T x, T fill, ushort n, MSL_
 }
 #define MSL_SCAN(name, start, inclusive, expression)                                               \
   template <class T> inline T name(T x, MSL_SITE) {                                                \
+    msl::check_exchanged<T>();                                                                     \
     return msl::scan(x, (T)(start), inclusive, MSL_AT(#name),                                      \
                      [](T a, T b) -> T { return expression; });                                    \
   }

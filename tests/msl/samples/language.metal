@@ -118,14 +118,14 @@ struct Position {
 };
 
 [[kernel]] void positions(device uint* out [[buffer(0)]], uint3 grid [[thread_position_in_grid]],
-                          uint3 group [[threadgroup_position_in_grid]],
-                          ushort3 in_group [[thread_position_in_threadgroup]],
+                          ushort3 group [[threadgroup_position_in_grid]],
+                          uint3 in_group [[thread_position_in_threadgroup]],
                           uint3 groups [[threadgroups_per_grid]], uint3 threads [[threads_per_grid]],
                           uint3 size [[threads_per_threadgroup]],
                           uint3 full [[dispatch_threads_per_threadgroup]],
                           uint index [[thread_index_in_threadgroup]]) {
   const uint i = (grid.z * threads.y + grid.y) * threads.x + grid.x;
-  const uint3 all[7] = {grid, group, uint3(in_group), groups, threads, size, full};
+  const uint3 all[7] = {grid, uint3(group), in_group, groups, threads, size, full};
   for (uint p = 0; p < 7; p++)
     for (uint d = 0; d < 3; d++) out[i * 22 + p * 3 + d] = all[p][d];
   out[i * 22 + 21] = index;

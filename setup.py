@@ -30,6 +30,7 @@ SOURCES = [
     "csrc/cpu/prefill.cpp",
     "csrc/cpu/executor_registry.cpp",
     "csrc/cpu/threads.cpp",
+    "csrc/cpu/token_draw.cpp",
     "csrc/cpu/cpu_features.cpp",
     "csrc/cpu/codec.cpp",
     "csrc/cpu/read_probe.cpp",

@@ -5,6 +5,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/read_probe.h"
+#include "cpu/token_draw.h"
 #include "plan/bindings.h"
 #ifdef __APPLE__
 #include "metal/bindings.h"
@@ -34,6 +35,18 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_kernels", [] { return q4metal::cpu::kernels().name; },
       "Name of the CPU kernel table in use.");
+  m.def(
+      "draw_token",
+      [](uintptr_t logits, int64_t size, double temperature, double top_p, double min_p,
+         int64_t top_k, double random) {
+        return q4metal::cpu::draw_token(reinterpret_cast<const float*>(logits), size,
+                                        {temperature, top_p, min_p, top_k}, random);
+      },
+      pybind11::arg("logits"), pybind11::arg("size"), pybind11::arg("temperature"),
+      pybind11::arg("top_p"), pybind11::arg("min_p"), pybind11::arg("top_k"),
+      pybind11::arg("random"),
+      "A token of `size` float32 logits at an address, for a random number in [0, 1); -1 if none "
+      "can be drawn.");
   m.def("read_probe", &q4metal::cpu::read_probe, pybind11::arg("bytes"), pybind11::arg("threads"),
         pybind11::arg("repeats"), pybind11::arg("prefetch"),
         pybind11::call_guard<pybind11::gil_scoped_release>(),

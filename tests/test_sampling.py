@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sentence import assert_one_sentence
 
+from torch_q4metal import _extension
 from torch_q4metal.errors import Q4MetalError
 from torch_q4metal.sampling import (
     SamplingParams,
@@ -16,7 +17,6 @@ from torch_q4metal.sampling import (
     apply_top_k,
     apply_top_p,
     greedy,
-    likeliest_tokens,
     make_logits_processors,
     make_sampler,
 )
@@ -32,6 +32,10 @@ def kept(logprobs):
 
 def drawn(sampler, logprobs, times=300):
     return [sampler(logprobs) for _ in range(times)]
+
+
+def draw_token(logits, *settings):
+    return _extension.load().draw_token(logits.data_ptr(), len(logits), *settings)
 
 
 def test_default_is_greedy_and_takes_the_first_of_equals():
@@ -115,19 +119,38 @@ def test_tokens_to_draw_from_are_what_the_filters_leave(logits, top_p, min_p, to
     logprobs = torch.log_softmax(logits, -1)
     expected = kept(apply_filters(logprobs, top_p, min_p, top_k))
     for values in (logits, logprobs):
-        best, ids = likeliest_tokens(values, top_p, min_p, top_k)
-        ids = list(range(len(values))) if ids is None else ids.tolist()
-        assert torch.equal(best, values[ids])
-        assert sorted(logits[ids].tolist()) == sorted(logits[list(expected)].tolist())
+        # So hot that all that are left are about as likely.
+        ids = {draw_token(values, 1e3, top_p, min_p, top_k, i / 200) for i in range(200)}
+        assert sorted(logits[list(ids)].tolist()) == sorted(logits[list(expected)].tolist())
 
 
-def test_many_tokens_to_draw_from_are_all_found():
-    logits = torch.randn(5000) * 0.01
-    expected = kept(apply_filters(torch.log_softmax(logits, -1), 0.9, 0.0, 0))
-    assert set(likeliest_tokens(logits, 0.9, 0.0, 0)[1].tolist()) == expected
-    sampler = make_sampler(1.0, 0.9, seed=5)
-    assert set(drawn(sampler, logits, 500)) <= expected
-    assert len(set(drawn(sampler, logits, 500))) > 400
+@pytest.mark.parametrize("size", [1, 16, 255, 256, 257, 5000, 151_936])
+@pytest.mark.parametrize("spread", [0.01, 2.0, 12.0])
+@pytest.mark.parametrize(
+    ("top_p", "min_p", "top_k"),
+    [
+        (0, 0, 0),
+        (0.9, 0, 0),
+        (0.95, 0.001, 0),
+        (0.8, 0, 20),
+        (0, 0, 300),
+        (0, 0.02, 0),
+        (1, 0.5, 9),
+    ],
+)
+def test_a_number_draws_the_token_within_whose_share_it_lies(size, spread, top_p, min_p, top_k):
+    """Also where the nucleus is nearly all of the vocabulary, and where it is one token."""
+    logits = torch.randn(size, generator=torch.Generator().manual_seed(size)) * spread
+    logits[size // 2 + 1 :: 7] = -math.inf
+    logprobs = torch.log_softmax(logits, -1)
+    for temperature in (0.3, 1.0):
+        left = apply_filters(logprobs, top_p, min_p, top_k).double()
+        ends = torch.softmax(left / temperature, -1).cumsum(0)
+        for number in torch.rand(50, dtype=torch.float64, generator=torch.Generator()).tolist():
+            token = draw_token(logits, temperature, top_p, min_p, top_k, number)
+            begin = float(ends[token - 1]) if token else 0.0
+            assert begin - 1e-5 <= number <= float(ends[token]) + 1e-5
+            assert left[token] > -math.inf
 
 
 def test_only_tokens_with_a_probability_are_drawn():
@@ -135,9 +158,13 @@ def test_only_tokens_with_a_probability_are_drawn():
     masked = nothing.clone()
     masked[2] = -5.0
     assert set(drawn(make_sampler(1.0), masked)) == {2}
+    for number in (0.0, 1 - 2**-53):
+        assert draw_token(masked, 1.0, 0.0, 0.0, 0, number) == 2
+        assert draw_token(torch.tensor([-math.inf] * 600 + [3.0]), 1e-300, 0, 0, 0, number) == 600
     samplers = make_sampler(1.0), make_sampler(1.0, 0.9), make_sampler(1.0, min_p=0.1, top_k=2)
     for sampler in samplers:
-        for logits in (nothing, torch.full((4,), math.nan)):
+        one = torch.tensor([1.0, math.nan, 2.0, 1.0])
+        for logits in (nothing, torch.full((4,), math.nan), one):
             with pytest.raises(Q4MetalError) as error:
                 sampler(logits)
             assert_one_sentence(error.value, "4 logits", "precision='exact'")

@@ -72,18 +72,20 @@ def _watch_modules(model: CausalLM, decode: bool) -> None:
 
 
 def forward(model: CausalLM, ids: List[List[int]], cache: List[Sequence]) -> Tensor:
-    """Logits [B, V] f32 after the last of ids [B][L]; the tokens are appended to the sequences.
+    """Logits [B, V] f32, on the CPU, after the last of ids [B][L]; the tokens are appended to the
+    sequences.
 
     Up to 8 tokens in all are decoded together; else each text is read alone.
     """
     plan = plan_of(model)
     if plan is not None and _go_together(ids, cache):
         return plan.forward(ids, cache)
-    if plan is not None and plan.reads_prompts:
-        for tokens, sequence in zip(ids, cache, strict=True):
-            model.check_context(sequence.length + len(tokens))
-        return torch.cat([plan.prefill(tokens, text) for tokens, text in zip(ids, cache)])
-    return model(torch.tensor(ids), cache, logits_to_keep=1)[:, -1]
+    with torch.inference_mode():
+        if plan is not None and plan.reads_prompts:
+            for tokens, sequence in zip(ids, cache, strict=True):
+                model.check_context(sequence.length + len(tokens))
+            return torch.cat([plan.prefill(tokens, text) for tokens, text in zip(ids, cache)])
+        return model(torch.tensor(ids), cache, logits_to_keep=1)[:, -1].cpu()
 
 
 def likeliest(model: CausalLM, ids: List[List[int]], cache: List[Sequence]) -> list[int]:
@@ -91,8 +93,7 @@ def likeliest(model: CausalLM, ids: List[List[int]], cache: List[Sequence]) -> l
     plan = plan_of(model)
     if plan is not None and _go_together(ids, cache):
         return plan.likeliest(ids, cache)
-    with torch.inference_mode():
-        return [greedy(logits) for logits in forward(model, ids, cache)]
+    return [greedy(logits) for logits in forward(model, ids, cache)]
 
 
 def _go_together(ids: List[List[int]], cache: List[Sequence]) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import decode
@@ -27,10 +26,9 @@ class LocalEngine:
             for text, token in zip(texts, decode.likeliest(self._model, ids, caches), strict=True):
                 text.next_token = token
             return
-        with torch.inference_mode():
-            logits = decode.forward(self._model, ids, caches).cpu()
-            for text, own in zip(texts, logits, strict=True):
-                text.next_token, text.logits = None, own
+        logits = decode.forward(self._model, ids, caches)
+        for index, text in enumerate(texts):
+            text.next_token, text.logits = None, logits[index]
 
     def draw(self, text: Text) -> tuple[int, Tensor | None]:
         if text.next_token is not None:

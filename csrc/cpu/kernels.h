@@ -105,6 +105,8 @@ struct VectorKernels {
   void (*rope)(const float* head, const float* cos, const float* sin, int64_t dim, float* out);
   // out = silu(gate) * up. `out` may be `gate`.
   void (*swiglu)(const float* gate, const float* up, int64_t n, float* out);
+  // The sum of e^((x - most) / temperature); no x is above `most`.
+  float (*sum_exp)(const float* x, int64_t n, float most, float temperature);
   // Rounds to `dtype`.
   void (*narrow)(const float* x, int64_t n, DType dtype, void* out);
   // y[:, begin:end) = x W[begin:end, :]^T of a dense matrix; y [rows, N].

@@ -9,17 +9,10 @@
 namespace q4metal::cpu {
 namespace {
 
-constexpr VectorKernels vector_kernels = {norm_gamma,
-                                          scale,
-                                          add,
-                                          rope,
-                                          swiglu,
-                                          narrow_row,
-                                          dense_matvec,
-                                          attention_split,
-                                          attention_rows,
-                                          attention_rows,
-                                          attention_combine};
+constexpr VectorKernels vector_kernels = {norm_gamma,     scale,          add,
+                                          rope,           swiglu,         sum_exp,
+                                          narrow_row,     dense_matvec,   attention_split,
+                                          attention_rows, attention_rows, attention_combine};
 
 } // namespace
 } // namespace q4metal::cpu

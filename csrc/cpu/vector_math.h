@@ -191,6 +191,18 @@ void swiglu(const float* gate, const float* up, int64_t n, float* out) {
     out[i] = gate[i] / (1.0f + exp1(-gate[i])) * up[i];
 }
 
+float sum_exp(const float* x, int64_t n, float most, float temperature) {
+  Vec sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kWidth <= n; i += 4 * kWidth)
+    for (int j = 0; j < 4; ++j)
+      sums[j] += exp8((load(x + i + j * kWidth) - most) / temperature);
+  float rest = 0;
+  for (; i < n; ++i)
+    rest += exp1((x[i] - most) / temperature);
+  return sum_of((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
+}
+
 Q4_INLINE void narrow8(Vec v, float* out) { store(out, v); }
 
 Q4_INLINE void narrow8(Vec v, Half* out) {

@@ -69,6 +69,19 @@ void check_swiglu(const VectorKernels& kernels, int64_t size, Random& random, Re
   report.check(relative_error(gate.get(), wanted.data(), size) <= kBound, sized("swiglu", size));
 }
 
+void check_sum_exp(const VectorKernels& kernels, int64_t size, Random& random, Report& report) {
+  for (const float temperature : {1.0f, 0.7f, 0.05f}) {
+    const Floats x = normal(size, random);
+    const float most = *std::max_element(x.get(), x.get() + size);
+    double wanted = 0;
+    for (int64_t i = 0; i < size; ++i)
+      wanted += std::exp((double(x[i]) - most) / temperature);
+    const float got = kernels.sum_exp(x.get(), size, most, temperature);
+    // Of the quotient's rounding e^x makes as much more as it is large.
+    report.check(std::fabs(got / wanted - 1) <= 1e-5, sized("sum_exp", size));
+  }
+}
+
 constexpr DType kDTypes[] = {DType::f32, DType::f16, DType::bf16};
 
 // `values` rounded to `dtype`, the values of which are written back.
@@ -258,6 +271,7 @@ void check_vector_kernels(const KernelTable& table, Report& report) {
   for (const int64_t size : {1, 7, 8, 31, 33, 64, 576, 896}) {
     check_norm(kernels, size, random, report);
     check_swiglu(kernels, size, random, report);
+    check_sum_exp(kernels, size, random, report);
     check_scale_and_add(kernels, size, random, report);
     for (const DType dtype : kDTypes) {
       check_narrow(kernels, dtype, size, random, report);

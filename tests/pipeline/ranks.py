@@ -16,16 +16,15 @@ import torch.distributed as dist
 
 from torch_q4metal.generation import decode_together, generate_step
 from torch_q4metal.pipeline import launch, worker
-from torch_q4metal.pipeline.gloo import GlooTransport, world
+from torch_q4metal.pipeline.gloo import LENGTHS_AHEAD, GlooTransport, world
 from torch_q4metal.pipeline.handshake import Settings
 
 
 class FirstRanks(GlooTransport):
     """The ring of the first ``size`` ranks of a group that was joined before."""
 
-    def __init__(self, size):
-        self._group, self.rank, self.world_size = world(), dist.get_rank(), size
-        self._next, self._before = (self.rank + 1) % size, (self.rank - 1) % size
+    def __init__(self, size, lengths_ahead):
+        self._take_place(world(), dist.get_rank(), size, lengths_ahead)
 
 
 class WeighedWorker(worker.Worker):
@@ -88,7 +87,8 @@ def main():
         seen, own = None, (0, 0)
         torch.set_num_threads((case["threads"] * 4)[everybody.rank])
         if everybody.rank < case["world_size"]:
-            seen, own = run(case, FirstRanks(case["world_size"]))
+            lengths_ahead = LENGTHS_AHEAD or case.get("lengths_ahead", False)
+            seen, own = run(case, FirstRanks(case["world_size"], lengths_ahead))
         held = [None] * everybody.world_size
         dist.all_gather_object(held, own)
         answers.append((seen, held))

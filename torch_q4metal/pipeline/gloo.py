@@ -7,6 +7,7 @@ unpickles what it is sent, and nothing is encrypted.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -16,19 +17,26 @@ from torch import Tensor
 
 from ..errors import PipelineError
 from .diagnosis import explain
+from .gloo_lengths import Inbox, Sent
 from .rendezvous import meet
+from .transport import Transfer
 
 # For all of gloo's own connections; its accepting side waits five times as long.
 _CONNECT = timedelta(seconds=120)
 # A receive that times out closes its pair for good, and an idle chat may wait for days: liveness is
 # watched elsewhere.
 _NEVER = timedelta(days=3650)
+LENGTHS_AHEAD = sys.platform == "darwin"
+"""Whether this system's gloo needs them: see gloo_lengths.py."""
 
 
 class GlooTransport:
-    """A ``Transport``. Needs the environment that torchrun sets; there can be one a process."""
+    """A ``Transport``. Needs the environment that torchrun sets; there can be one a process.
 
-    def __init__(self) -> None:
+    ``lengths_ahead``: each message is announced by its length (gloo_lengths.py).
+    """
+
+    def __init__(self, lengths_ahead: bool = LENGTHS_AHEAD) -> None:
         """Joins the group. Raises PipelineError if that fails."""
         try:
             store, rank, size = meet()
@@ -41,18 +49,31 @@ class GlooTransport:
             master = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             why = explain(error, master)
             raise PipelineError(f"this rank could not join the others: {why}") from error
-        self._group = world()
-        self.rank = dist.get_rank()
-        self.world_size = dist.get_world_size()
-        self._next = (self.rank + 1) % self.world_size
-        self._before = (self.rank - 1) % self.world_size
+        self._take_place(world(), dist.get_rank(), dist.get_world_size(), lengths_ahead)
 
-    def send(self, message: Tensor) -> _GlooTransfer:
-        return _GlooTransfer(self._group.send, message, self._next)
+    def _take_place(
+        self, group: dist.ProcessGroup, rank: int, world_size: int, lengths_ahead: bool
+    ) -> None:
+        self._group, self.rank, self.world_size = group, rank, world_size
+        self._next, self._before = (rank + 1) % world_size, (rank - 1) % world_size
+        self._inbox = Inbox(self._begin_receive) if lengths_ahead else None
 
-    def receive(self, buffer: Tensor) -> _GlooTransfer:
-        # Gloo takes a message that is shorter than the buffer as it is (tested).
-        return _GlooTransfer(self._group.recv, buffer, self._before)
+    def send(self, message: Tensor) -> Transfer:
+        if self._inbox is not None:
+            return Sent(self._begin_send, message)
+        return self._begin_send(message)
+
+    def receive(self, buffer: Tensor) -> Transfer:
+        if self._inbox is not None:
+            return self._inbox.receive(buffer)
+        # On Linux gloo takes a message that is shorter than the buffer as it is (tested).
+        return self._begin_receive(buffer)
+
+    def _begin_send(self, message: Tensor, tag: int = 0) -> _GlooTransfer:
+        return _GlooTransfer(self._group.send, message, self._next, tag)
+
+    def _begin_receive(self, buffer: Tensor, tag: int = 0) -> _GlooTransfer:
+        return _GlooTransfer(self._group.recv, buffer, self._before, tag)
 
     def close(self) -> None:
         if dist.is_initialized():
@@ -68,12 +89,16 @@ def world() -> dist.ProcessGroup:
 
 class _GlooTransfer:
     def __init__(
-        self, begin: Callable[[list[Tensor], int, int], Any], tensor: Tensor, peer: int
+        self,
+        begin: Callable[[list[Tensor], int, int], Any],
+        tensor: Tensor,
+        peer: int,
+        tag: int,
     ) -> None:
         self._tensor = tensor  # gloo reads or writes it until it is done
         self._peer = peer
         try:
-            self._work = begin([tensor], peer, 0)
+            self._work = begin([tensor], peer, tag)
         except RuntimeError as error:
             raise _gone(peer, error) from error
 

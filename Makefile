@@ -46,6 +46,7 @@ lint: $(VENV)/.package $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy --platform darwin --cache-dir .mypy_cache/darwin
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 	$(VENV)/bin/codespell README.md CHANGELOG.md CONTRIBUTING.md csrc torch_q4metal tests examples scripts benchmarks
 

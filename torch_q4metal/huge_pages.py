@@ -38,7 +38,8 @@ class HugePageWeights:
         self._places = arrange({name: checkpoint.info(name) for name in names})
         size = max([1, *buffer_sizes(self._places)])
         self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._memory.madvise(mmap.MADV_HUGEPAGE)
+        if sys.platform == "linux":
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
         with memoryview(self._memory) as memory:
             for place in self._places.values():
                 info = place.info

@@ -128,7 +128,8 @@ class TcpChannel:
         return [(rank, {})]
 
     def _add(self, peer: _Peer) -> None:
-        peer.link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(OSError):  # on macOS, where the other side has hung up already
+            peer.link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._peers[peer.rank] = peer
         if peer.link not in self._selector.get_map():
             self._selector.register(peer.link, selectors.EVENT_READ, peer)

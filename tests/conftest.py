@@ -57,6 +57,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 _PROC = "it reads /proc, which Linux has"
+_STANDIN = "it plants slips in the stand-in, of which a Mac has no need"
 LEFT_OUT = {
     "tests/msl": "it runs Metal text on x86-64 Linux; here Metal runs it (tests/macos)",
     "tests/macos/test_metal_objc.py": "the .mm files were compiled with the real headers",
@@ -64,6 +65,10 @@ LEFT_OUT = {
     "tests/pipeline/test_torchrun.py::test_a_quarter_of_the_layers_takes_a_quarter_of_the_memory":
         _PROC,
     "tests/pipeline/test_zmq_cluster.py::test_three_processes": _PROC,
+    "tests/long/test_metal_host_slips.py": _STANDIN,
+    "tests/long/test_pipeline_apps.py::test_a_killed_chat_leaves_the_terminal_as_it_was": _PROC,
+    "tests/long/test_pipeline_faults.py::test_torchrun_ends_when_a_rank_stops": _PROC,
+    "tests/long/test_zmq_apps.py::test_ctrl_c_stops_answers_and_ctrl_d_ends_all_ranks": _PROC,
 } if sys.platform == "darwin" else {}  # fmt: skip
 
 # Begun first: two processes share the files, and a long one at the end would leave one idle.

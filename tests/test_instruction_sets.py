@@ -67,11 +67,13 @@ def available():
 def results(tmp_path_factory):
     """name, "" where none is forced -> (what cpu_kernels says, the bits of many products).
 
-    Each is of a process of its own, which has passed the op table unless none was forced: a fork of
-    one that has imported torch and computed nothing.
+    Each is of a process of its own, which has passed the op table unless none was forced: on Linux
+    a fork of one that has imported torch and computed nothing.
     """
     folder = tmp_path_factory.mktemp("sets")
-    context = multiprocessing.get_context("forkserver")
+    # Apple's Accelerate, which torch and numpy have on a Mac, is not safe to use after a fork.
+    method = "spawn" if sys.platform == "darwin" else "forkserver"
+    context = multiprocessing.get_context(method)
     context.set_forkserver_preload(["torch", "pytest", "hypothesis"])
 
     def result(name):

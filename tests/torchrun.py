@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pexpect
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+# Alone it would take the machine's own name, which on macOS often means no address.
+TORCHRUN = [
+    sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"
+]  # fmt: skip
 
 
 def _environment() -> dict[str, str]:

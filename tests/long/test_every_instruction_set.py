@@ -25,7 +25,7 @@ def test_decode_plan(name):
 
 def torch_free_sources():
     """What setup.py compiles on this machine, without the files that know torch or Python."""
-    others = ("metal", *(("neon",) if "avx2" in NAMES else ("avx", "amx")))
+    others = ("metal", *(("neon",) if "avx2" in NAMES else ("avx", "amx.cpp")))
     for source in re.findall(r'"(csrc/\S+\.cpp)"', (sanitized.ROOT / "setup.py").read_text()):
         text = (sanitized.ROOT / source).read_text()
         knows_torch = re.search(r"#include <(torch|ATen|pybind11|Python)", text)

@@ -15,6 +15,8 @@ from torch_q4metal.pipeline import addresses, launch
 from torch_q4metal.pipeline.diagnosis import Party, explain, objections
 from torch_q4metal.pipeline.rendezvous import connects_to
 
+LOOPBACK_INTERFACE = "lo" if sys.platform == "linux" else "lo0"
+
 # As torch 2.13's store and gloo say it, taken down on Linux.
 STORE = "The client socket has failed to connect to any network address of (10.88.0.77, 29611). "
 STORE += "The client socket has failed to connect to 222.85.0.0:10141 (errno: {})."
@@ -105,10 +107,12 @@ def test_who_connects_to_whom():
 
 
 def test_gloo_listens_where_its_address_is_said_to_be(monkeypatch):
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", LOOPBACK_INTERFACE)
     assert addresses.gloo_address() == "127.0.0.1"
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "en9")
-    with pytest.raises(PipelineError, match=r"--interface en9 has no IPv4 .*lo \(127\.0\.0\.1\)"):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "en99")
+    with pytest.raises(
+        PipelineError, match=r"--interface en99 has no IPv4 .*lo0? \(127\.0\.0\.1\)"
+    ):
         addresses.gloo_address()
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     monkeypatch.setattr(socket, "gethostname", lambda: "no-such-host.invalid")
@@ -117,14 +121,14 @@ def test_gloo_listens_where_its_address_is_said_to_be(monkeypatch):
 
 def test_the_interface_option(monkeypatch):
     with pytest.raises(PipelineError, match="--interface is for several ranks"):
-        launch.use_interface("lo")
+        launch.use_interface(LOOPBACK_INTERFACE)
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "other")
-    with pytest.raises(PipelineError, match="--interface en9 has no IPv4 address"):
-        launch.use_interface("en9")
-    launch.use_interface("lo")
-    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    with pytest.raises(PipelineError, match="--interface en99 has no IPv4 address"):
+        launch.use_interface("en99")
+    launch.use_interface(LOOPBACK_INTERFACE)
+    assert os.environ["GLOO_SOCKET_IFNAME"] == LOOPBACK_INTERFACE
 
 
 def test_ranks_that_cannot_join_all_say_why(tmp_path):

@@ -5,6 +5,7 @@ import logging
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 
@@ -298,9 +299,9 @@ def test_nobody_listens_everywhere(bind):
 
 
 def test_interfaces_by_name():
-    address = free_address()
+    address, loopback = free_address(), "lo" if sys.platform == "linux" else "lo0"
     with pytest.raises(PipelineError, match="heard nothing from rank 1"):
-        ZmqTransport(0, 2, address, new_key(), "lo", join_timeout=0.1)
+        ZmqTransport(0, 2, address, new_key(), loopback, join_timeout=0.1)
     with pytest.raises(PipelineError, match=r"'en77' is no known host.*interfaces here: .*lo"):
         ZmqTransport(0, 2, address, new_key(), "en77", join_timeout=0.1)
     with pytest.raises(PipelineError, match=r"cannot listen on 192.0.2.1.*--interface NAME"):

@@ -47,6 +47,18 @@ PYBIND11_MODULE(_C, m) {
       pybind11::arg("random"),
       "A token of `size` float32 logits at an address, for a random number in [0, 1); -1 if none "
       "can be drawn.");
+  m.def(
+      "draw_token_as_device",
+      [](uintptr_t logits, int64_t size, double temperature, double top_p, double min_p,
+         int64_t top_k, uint64_t seed, uint64_t position) {
+        return q4metal::cpu::draw_token(reinterpret_cast<const float*>(logits), size,
+                                        {temperature, top_p, min_p, top_k},
+                                        q4metal::cpu::Noise{seed, position});
+      },
+      pybind11::arg("logits"), pybind11::arg("size"), pybind11::arg("temperature"),
+      pybind11::arg("top_p"), pybind11::arg("min_p"), pybind11::arg("top_k"), pybind11::arg("seed"),
+      pybind11::arg("position"),
+      "As draw_token, with the random numbers that a device's sampling kernel takes there.");
   m.def("read_probe", &q4metal::cpu::read_probe, pybind11::arg("bytes"), pybind11::arg("threads"),
         pybind11::arg("repeats"), pybind11::arg("prefetch"),
         pybind11::call_guard<pybind11::gil_scoped_release>(),

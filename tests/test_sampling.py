@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sentence import assert_one_sentence
 
-from torch_q4metal import _extension
+from torch_q4metal import _extension, device_sampling
 from torch_q4metal.errors import Q4MetalError
 from torch_q4metal.sampling import (
     SamplingParams,
@@ -208,3 +208,25 @@ def test_values_that_make_no_sense_are_named(name, value, words):
     with pytest.raises(Q4MetalError) as error:
         SamplingParams(**{name: value})
     assert_one_sentence(error.value, name, *words)
+
+
+@pytest.mark.parametrize("size", [1, 300, 5000])
+@pytest.mark.parametrize("spread", [0.5, 8.0])
+@pytest.mark.parametrize("top_p", [0.0, 0.8])
+@pytest.mark.parametrize("min_p", [0.0, 0.01])
+@pytest.mark.parametrize("top_k", [0, 20])
+def test_the_host_draws_what_a_device_draws(size, spread, top_p, min_p, top_k):
+    logits = torch.randn(size, generator=torch.Generator().manual_seed(size)) * spread
+    logits[size // 2 + 1 :: 7] = -math.inf
+    drawn = set()
+    for temperature in (0.2, 1.0, 50.0):
+        params = SamplingParams(temperature, top_p, top_k, min_p)
+        for seed, position in ((5, 0), (-1, 77), (1 << 63, 1 << 33), (9, 4)):
+            expected = device_sampling.draw(logits.log_softmax(-1), params, seed, position)
+            assert device_sampling.sampler(params, seed, position)(logits) == expected
+            drawn.add(expected)
+    assert size == 1 or spread > 1 or len(drawn) > 1
+    greedy_one = device_sampling.sampler(SamplingParams(), 5, 0)
+    assert greedy_one(logits) == int(logits.argmax())
+    with pytest.raises(Q4MetalError):
+        device_sampling.sampler(params, 5, 0)(torch.full((4,), math.nan))

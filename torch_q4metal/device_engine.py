@@ -65,12 +65,9 @@ class DeviceEngine(LocalEngine):
         if sampling is None:
             return super().draw(text)
         assert text.logits is not None, "it was not submitted"
-        position = len(text.tokens) - 1
-
-        def sampler(logprobs: Tensor) -> int:
-            return device_sampling.draw(logprobs, sampling, text.seed, position)
-
-        return Choice(sampler, sampling.logits_processors()).draw(text.tokens, text.logits)
+        sampler = device_sampling.sampler(sampling, text.seed, len(text.tokens) - 1)
+        choice = Choice(sampler, sampling.logits_processors())
+        return choice.draw(text.tokens, text.logits, text.logprobs)
 
     def _queue(self, texts: list[Text]) -> None:
         lane = texts[0].lane

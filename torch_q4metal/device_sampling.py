@@ -12,7 +12,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .sampling import SamplingParams, apply_filters, greedy
+from . import _extension
+from .sampling import LogitsSampler, Sampler, SamplingParams, apply_filters, greedy
 
 _LOW = 0xFFFFFFFF
 _ROUNDS = 10
@@ -25,6 +26,23 @@ def packed(settings: Iterable[tuple[SamplingParams, int]]) -> Tensor:
         for s, seed in settings
     )
     return torch.frombuffer(bytearray(rows), dtype=torch.int32).view(-1, 6)
+
+
+def sampler(sampling: SamplingParams, seed: int, position: int) -> Sampler:
+    """What ``draw`` does for the token after the one at ``position``, in the extension."""
+    if sampling.temperature == 0:
+        return greedy
+    return _PositionSampler(sampling, seed % (1 << 64), position)
+
+
+class _PositionSampler(LogitsSampler):
+    def __init__(self, sampling: SamplingParams, seed: int, position: int) -> None:
+        draw = _extension.load().draw_token_as_device
+        super().__init__(draw, sampling.temperature, sampling.top_p, sampling.min_p, sampling.top_k)
+        self._place = seed, position
+
+    def __call__(self, logits: Tensor) -> int:
+        return self.draw(logits, *self._place)
 
 
 def draw(logprobs: Tensor, sampling: SamplingParams, seed: int, position: int) -> int:

@@ -90,10 +90,31 @@ def make_sampler(
     return FilteredSampler(temp, top_p, min_p, top_k, seed)
 
 
-class FilteredSampler:
+class LogitsSampler:
+    """A sampler that takes logits [V] f32 as well as log-probabilities.
+
+    ``draw(address of the logits, V, temperature, top_p, min_p, top_k, *numbers)`` gives the token
+    for random ``numbers``, or -1 where none can be drawn.
+    """
+
+    def __init__(self, draw: Callable[..., int], *settings: float) -> None:
+        self._draw, self._settings = draw, settings
+
+    def draw(self, logits: Tensor, *numbers: float) -> int:
+        if not (logits.is_cpu and logits.dtype == torch.float32 and logits.is_contiguous()):
+            logits = logits.detach().to("cpu", torch.float32).contiguous()
+        token = self._draw(logits.data_ptr(), len(logits), *self._settings, *numbers)
+        if token < 0:
+            raise Q4MetalError(
+                f"no token can be drawn of {len(logits)} logits that are NaN or -inf; look at the "
+                "sampler's and the processors' settings, or load the model with precision='exact'."
+            )
+        return token
+
+
+class FilteredSampler(LogitsSampler):
     """Draws among the tokens that the filters leave, with a random state of its own.
 
-    It takes log-probabilities or logits [V] f32: what all tokens have in common changes nothing.
     csrc/cpu/token_draw.cpp does what ``apply_filters`` says: right after a pass each call of torch
     takes 20 us and more, and weighing 150,000 tokens by such calls takes a millisecond.
     """
@@ -101,22 +122,11 @@ class FilteredSampler:
     def __init__(
         self, temperature: float, top_p: float, min_p: float, top_k: int, seed: int | None
     ) -> None:
-        self._settings = temperature, top_p, min_p, top_k
+        super().__init__(_extension.load().draw_token, temperature, top_p, min_p, top_k)
         self._random = random.Random(seed)
-        self._draw = _extension.load().draw_token
 
     def __call__(self, logits: Tensor) -> int:
-        if not (logits.is_cpu and logits.dtype == torch.float32 and logits.is_contiguous()):
-            logits = logits.detach().to("cpu", torch.float32).contiguous()
-        token: int = self._draw(
-            logits.data_ptr(), len(logits), *self._settings, self._random.random()
-        )
-        if token < 0:
-            raise Q4MetalError(
-                f"no token can be drawn of {len(logits)} logits that are NaN or -inf; look at the "
-                "sampler's and the processors' settings, or load the model with precision='exact'."
-            )
-        return token
+        return self.draw(logits, self._random.random())
 
 
 def _nucleus_size(weights: Tensor, total: Tensor, top_p: float) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import cache as kv
-from .sampling import FilteredSampler, LogitsProcessor, Sampler, SamplingParams, greedy
+from .sampling import LogitsProcessor, LogitsSampler, Sampler, SamplingParams, greedy
 
 _numbers = itertools.count()
 
@@ -92,7 +92,7 @@ class Choice:
             # Of 150,000 logits, log-probabilities take 0.4 ms, a twentieth of a small model's
             # token.
             return greedy(logits), torch.log_softmax(logits, -1) if wants_logprobs else None
-        if isinstance(self._sampler, FilteredSampler) and not wants_logprobs:
+        if isinstance(self._sampler, LogitsSampler) and not wants_logprobs:
             return self._sampler(logits), None
         logprobs = torch.log_softmax(logits, -1)
         return int(self._sampler(logprobs)), logprobs if wants_logprobs else None

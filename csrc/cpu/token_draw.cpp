@@ -24,6 +24,32 @@ struct Candidate {
   double weight; // where top_p asks for it: relative to the likeliest token's
 };
 
+// Philox4x32-10 (Salmon et al., 2011), the first of its four numbers; as in plan_sample.metal.
+uint32_t philox(uint64_t token, const Noise& noise) {
+  uint32_t x = uint32_t(token), y = uint32_t(noise.position);
+  uint32_t z = uint32_t(noise.position >> 32), w = 0;
+  uint32_t key0 = uint32_t(noise.seed), key1 = uint32_t(noise.seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t first = 0xD2511F53ull * x, second = 0xCD9E8D57ull * z;
+    x = uint32_t(second >> 32) ^ y ^ key0;
+    y = uint32_t(second);
+    z = uint32_t(first >> 32) ^ w ^ key1;
+    w = uint32_t(first);
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+  return x;
+}
+
+// -log(-log(u)) of a u strictly between 0 and 1: 23 random bits and a half.
+double gumbel(uint32_t random) {
+  return -std::log(-std::log((double(random >> 9) + 0.5) / 8388608.0));
+}
+
+// What that lies between, a little widened: of u = 2^-24 and 1 - 2^-24.
+constexpr double kMostNoise = 16.7;
+constexpr float kNoiseRange = 19.6f;
+
 class Draw {
 public:
   Draw(const float* logits, int64_t size, const Sampling& sampling)
@@ -33,10 +59,46 @@ public:
   int64_t token(double random) {
     if (!find_largest())
       return -1;
-    const bool has_top_k = 0 < sampling_.top_k && sampling_.top_k < size_;
-    const bool has_top_p = 0 < sampling_.top_p && sampling_.top_p < 1;
-    if (!has_top_k && !has_top_p && !(sampling_.min_p > 0))
+    if (!has_filters())
       return draw_of_all(random);
+    filter();
+    if (has_top_k())
+      keep_top_k();
+    return draw_of_found(random);
+  }
+
+  int64_t token(const Noise& noise) {
+    if (!find_largest())
+      return -1;
+    if (has_filters())
+      filter();
+    else
+      gather(most_ - kNoiseRange * temperature_, false);
+    if (has_top_k())
+      keep_from(smallest_of_top_k());
+    double best = -std::numeric_limits<double>::infinity();
+    int64_t token = -1;
+    for (const Candidate& candidate : found_) {
+      const double scaled = (double(candidate.logit) - most_) / temperature_;
+      if (scaled + kMostNoise <= best) // most of a whole vocabulary
+        continue;
+      const double value = scaled + gumbel(philox(uint64_t(candidate.token), noise));
+      if (value > best) {
+        best = value;
+        token = candidate.token;
+      }
+    }
+    return token;
+  }
+
+private:
+  bool has_top_k() const { return 0 < sampling_.top_k && sampling_.top_k < size_; }
+  bool has_top_p() const { return 0 < sampling_.top_p && sampling_.top_p < 1; }
+  bool has_filters() const { return has_top_k() || has_top_p() || sampling_.min_p > 0; }
+
+  // Finds what the filters leave, and more equals and others than top_k.
+  void filter() {
+    const bool has_top_k = this->has_top_k(), has_top_p = this->has_top_p();
     const float floor = sampling_.min_p > 0 ? most_ + float(std::log(sampling_.min_p)) : kNone;
     const double wanted = has_top_p ? sampling_.top_p * sum_of_weights(1, nullptr) : 0;
     if (has_top_k) {
@@ -54,12 +116,8 @@ public:
     }
     if (has_top_p)
       keep_from(last_of_nucleus(wanted));
-    if (has_top_k)
-      keep_top_k();
-    return draw_of_found(random);
   }
 
-private:
   // The largest logit of each block and of all. Whether a token can be drawn.
   bool find_largest() {
     constexpr int kLanes = 16; // side by side, which the compiler puts into vectors
@@ -163,15 +221,18 @@ private:
     std::erase_if(found_, [=](const Candidate& x) { return x.logit < bound; });
   }
 
-  void keep_top_k() {
-    const int64_t surplus = int64_t(found_.size()) - sampling_.top_k;
-    if (surplus <= 0)
-      return;
+  float smallest_of_top_k() const {
+    if (int64_t(found_.size()) <= sampling_.top_k)
+      return kNone;
     auto sorted = found_;
     const auto kth = sorted.begin() + (sampling_.top_k - 1);
     std::nth_element(sorted.begin(), kth, sorted.end(),
                      [](const Candidate& a, const Candidate& b) { return a.logit > b.logit; });
-    const float bound = kth->logit;
+    return kth->logit;
+  }
+
+  void keep_top_k() {
+    const float bound = smallest_of_top_k();
     int64_t equals = sampling_.top_k;
     for (const Candidate& candidate : found_)
       equals -= candidate.logit > bound;
@@ -234,6 +295,11 @@ private:
 
 int64_t draw_token(const float* logits, int64_t size, const Sampling& sampling, double random) {
   return size < 1 ? -1 : Draw(logits, size, sampling).token(random);
+}
+
+int64_t draw_token(const float* logits, int64_t size, const Sampling& sampling,
+                   const Noise& noise) {
+  return size < 1 ? -1 : Draw(logits, size, sampling).token(noise);
 }
 
 } // namespace q4metal::cpu

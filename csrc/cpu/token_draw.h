@@ -15,4 +15,13 @@ struct Sampling {
 // probability. -1 if no token can be drawn: all logits are -inf, or one is NaN or +inf.
 int64_t draw_token(const float* logits, int64_t size, const Sampling& sampling, double random);
 
+// Random numbers of a text's position, one for each token.
+struct Noise {
+  uint64_t seed, position;
+};
+
+// The same with a device's random numbers (csrc/metal/plan_sample.metal): the largest of
+// logit / temperature + Gumbel noise. Of equal logits at top_k's end, all may be drawn.
+int64_t draw_token(const float* logits, int64_t size, const Sampling& sampling, const Noise& noise);
+
 } // namespace q4metal::cpu

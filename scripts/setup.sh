@@ -19,26 +19,27 @@ pip() {
     "$PY" -m pip --disable-pip-version-check "$@"
 }
 
-is_new_enough() {
-    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+# There is a torch $TORCH for these.
+is_fit() {
+    "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null
 }
 
-# The first Python 3.11 or newer: $PYTHON if it is given, else what is on the PATH.
+# The first Python 3.11 to 3.14: $PYTHON if it is given, else what is on the PATH.
 find_python() {
     if [ -n "${PYTHON:-}" ]; then
-        is_new_enough "$PYTHON" ||
-            fail "PYTHON=$PYTHON is not a Python 3.11 or newer; name one with make PYTHON=/path/to/python3.12"
+        is_fit "$PYTHON" ||
+            fail "PYTHON=$PYTHON is not a Python 3.11 to 3.14; name one with make PYTHON=/path/to/python3.12"
         echo "$PYTHON"
         return
     fi
     for candidate in python3 python3.14 python3.13 python3.12 python3.11 python; do
-        if is_new_enough "$candidate"; then
+        if is_fit "$candidate"; then
             echo "$candidate"
             return
         fi
     done
     found=$(python3 --version 2>/dev/null || echo "no python3")
-    fail "Python 3.11 or newer is needed and the PATH has $found; install one (apt install python3, brew install python) or name it with make PYTHON=/path/to/python3.12"
+    fail "Python 3.11 to 3.14 is needed and the PATH has $found; install one (apt install python3, brew install python@3.12) or name it with make PYTHON=/path/to/python3.12"
 }
 
 check_python() {
@@ -46,6 +47,12 @@ check_python() {
         fail "$1 cannot make virtual environments; install its venv package (Debian: apt install python3-venv)"
     "$1" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
         fail "$1 has no C headers (Python.h); install them (Debian: apt install python3-dev) or use another Python with make PYTHON=..."
+    if [ "$(uname -s)" = Darwin ]; then
+        mac=$("$1" -c 'import platform; print(platform.machine(), platform.mac_ver()[0])')
+        case $mac in
+        "arm64 "1[0-3]* | [!a]*) fail "torch needs Apple silicon, a Python for it (not one under Rosetta) and macOS 14 or newer, but $1 runs on $mac" ;;
+        esac
+    fi
 }
 
 check_compiler() {

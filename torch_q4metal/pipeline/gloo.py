@@ -76,6 +76,8 @@ class GlooTransport:
         return _GlooTransfer(self._group.recv, buffer, self._before, tag)
 
     def close(self) -> None:
+        if self._inbox is not None:
+            self._inbox.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -9,6 +9,7 @@ says.
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from ..errors import PipelineError
 from .transport import Transfer
 
 LENGTH_TAG, BYTES_TAG = 0, 1  # lengths run ahead of the bytes that they announce
+
+_CLOSING = 1.0  # seconds to let the thread end
 
 Begin = Callable[[Tensor, int], Transfer]
 """Starts to send or to receive a tensor of exactly its size, with a tag."""
@@ -42,19 +45,27 @@ class Inbox:
 
     def __init__(self, begin: Begin) -> None:
         self._begin = begin
-        self._buffers: queue.SimpleQueue[_Incoming] = queue.SimpleQueue()
+        self._buffers: queue.SimpleQueue[_Incoming | None] = queue.SimpleQueue()
         # A daemon: it may wait for a message that never comes when the process ends.
-        threading.Thread(target=self._fill, name="gloo inbox", daemon=True).start()
+        self._thread = threading.Thread(target=self._fill, name="gloo inbox", daemon=True)
+        self._thread.start()
+        # A thread that comes out of gloo while Python is being torn down ends the process.
+        atexit.register(self.close)
 
     def receive(self, buffer: Tensor) -> Transfer:
         incoming = _Incoming(buffer)
         self._buffers.put(incoming)
         return incoming
 
+    def close(self) -> None:
+        """Nothing is received any more, unless the thread waits for a message now."""
+        atexit.unregister(self.close)
+        self._buffers.put(None)
+        self._thread.join(_CLOSING)
+
     def _fill(self) -> None:
         length = torch.empty(1, dtype=torch.int64)
-        while True:
-            incoming = self._buffers.get()
+        while (incoming := self._buffers.get()) is not None:
             try:
                 self._begin(length, LENGTH_TAG).wait()
                 incoming.take(int(length), self._begin)

@@ -54,19 +54,19 @@ def _own_party(address: str, listener: socket.socket) -> dict[str, Any]:
     return {"party": asdict(party), "port": listener.getsockname()[1]}
 
 
-def connects_to(rank: int, addresses: list[str], system: str) -> list[int]:
+def connects_to(rank: int, addresses: list[str]) -> list[int]:
     """The ranks to which one will connect, by the addresses of all; the others come to it.
 
-    The watch connects to rank 0 and to the rank before. Of two ranks on Linux, gloo lets the one
-    with the greater address connect (seen with torch 2.13); for macOS nobody has looked.
+    The watch connects to rank 0 and to the rank before. Of two ranks, gloo lets the one with the
+    greater address connect (seen on Linux with torch 2.13; for macOS as Device::connect of
+    gloo/transport/uv/device.cc has it).
     """
     found = {0, rank - 1} if rank > 0 else set()
-    if system == "linux":
-        own = ipaddress.ip_address(addresses[rank])
-        for other, text in enumerate(addresses):
-            theirs = ipaddress.ip_address(text)
-            if theirs.version == own.version and int(theirs) < int(own):
-                found.add(other)
+    own = ipaddress.ip_address(addresses[rank])
+    for other, text in enumerate(addresses):
+        theirs = ipaddress.ip_address(text)
+        if theirs.version == own.version and int(theirs) < int(own):
+            found.add(other)
     return sorted(found)
 
 
@@ -74,7 +74,7 @@ def _unreached(rank: int, said: list[dict[str, Any]]) -> list[str]:
     """Why this rank does not reach those to which it will connect."""
     found = []
     addresses = [one["party"]["address"] for one in said]
-    for other in connects_to(rank, addresses, sys.platform):
+    for other in connects_to(rank, addresses):
         host, port = said[other]["party"]["host"], said[other]["port"]
         if why := why_unreachable(addresses[other], port, _CONNECT_SECONDS):
             found.append(

@@ -106,7 +106,8 @@ def _open_whole(file: Path, infos: list[TensorInfo], device: torch.device, size:
     try:
         shard: Any = safe_open(file, "pt", device=device.type, backend="pread")
     except (SafetensorError, OSError) as error:
-        logger.info("%s is not read by safetensors: %s", file, error)
+        # Its text: a record that is kept would keep the error's frames, and so the buffers.
+        logger.info("%s is not read by safetensors: %s", file, str(error))
         return None
     return shard if len(shard.keys()) == len(infos) else None
 

@@ -4,7 +4,6 @@
 #include "token_draw.h"
 
 #include <algorithm>
-#include <cfloat>
 #include <cmath>
 #include <functional>
 #include <limits>
@@ -54,7 +53,7 @@ class Draw {
 public:
   Draw(const float* logits, int64_t size, const Sampling& sampling)
       : logits_(logits), size_(size), sampling_(sampling),
-        temperature_(std::max(float(sampling.temperature), FLT_MIN)) {}
+        temperature_(std::max(float(sampling.temperature), std::numeric_limits<float>::min())) {}
 
   int64_t token(double random) {
     if (!find_largest())

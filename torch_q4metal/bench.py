@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .cli import EXIT_ERROR, FOR_SEVERAL_RANKS, refuse, run
+from .cli import EXIT_ERROR, refuse_ring_options, run
 from .terminal import show_log, status
 
 if TYPE_CHECKING:
@@ -319,14 +319,7 @@ def main(
 
     place = launch.own_place()
     if place is None:
-        refuse(
-            {
-                "--split": split,
-                "--stream-weights": stream_weights,
-                "--stage-timeout": stage_timeout,
-            },
-            FOR_SEVERAL_RANKS,
-        )
+        refuse_ring_options(split, stream_weights, stage_timeout)
     launch.use_interface(interface)
     launch.set_threads(threads)
     if place is not None and place.rank > 0:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from .cli import EXIT_ERROR, FOR_SEVERAL_RANKS, refuse, run
+from .cli import EXIT_ERROR, refuse_ring_options, run
 from .errors import ContextLengthError, Q4MetalError
 from .pipeline.launch import own_place, use_interface
 
@@ -212,14 +212,7 @@ def main(
         quiet or (place is not None and is_later_rank and not place.has_terminal), debug
     )
     if place is None:
-        refuse(
-            {
-                "--split": split,
-                "--stream-weights": stream_weights,
-                "--stage-timeout": stage_timeout,
-            },
-            FOR_SEVERAL_RANKS,
-        )
+        refuse_ring_options(split, stream_weights, stage_timeout)
     use_interface(interface)
     if ignore_chat_template and (system_prompt or chat_template):
         given = "--system-prompt" if system_prompt else "--chat-template"

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
-FOR_SEVERAL_RANKS = "it is for several ranks; start them with torchrun or torch_q4metal.cluster."
 
 
 def console() -> "Console":
@@ -29,6 +28,16 @@ def refuse(given: Mapping[str, object], why: str) -> None:
     for name, value in given.items():
         if value:
             raise typer.BadParameter(why, param_hint=name)
+
+
+def refuse_ring_options(
+    split: str | None, stream_weights: bool, stage_timeout: float | None
+) -> None:
+    """A usage error for the first of these that was given to a process without others."""
+    refuse(
+        {"--split": split, "--stream-weights": stream_weights, "--stage-timeout": stage_timeout},
+        "it is for several ranks; start them with torchrun or torch_q4metal.cluster.",
+    )
 
 
 def run(app: "typer.Typer") -> NoReturn:

@@ -72,7 +72,7 @@ public:
     if (has_filters())
       filter();
     else
-      gather(most_ - kNoiseRange * temperature_, false);
+      gather(most_ - kNoiseRange * temperature_);
     if (has_top_k())
       keep_from(smallest_of_top_k());
     double best = -std::numeric_limits<double>::infinity();
@@ -97,23 +97,22 @@ private:
 
   // Finds what the filters leave, and more equals and others than top_k.
   void filter() {
-    const bool has_top_k = this->has_top_k(), has_top_p = this->has_top_p();
     const float floor = sampling_.min_p > 0 ? most_ + float(std::log(sampling_.min_p)) : kNone;
-    const double wanted = has_top_p ? sampling_.top_p * sum_of_weights(1, nullptr) : 0;
-    if (has_top_k) {
-      gather(std::max(floor, bound_of_top_k()), has_top_p);
-    } else if (has_top_p) {
+    const double wanted = has_top_p() ? sampling_.top_p * sum_of_weights(1, nullptr) : 0;
+    if (has_top_k()) {
+      gather(std::max(floor, bound_of_top_k()));
+    } else if (has_top_p()) {
       // Logits further below the largest one count less and less: nearly always the first do.
       for (float depth = 8;; depth *= 2) {
-        gather(std::max(floor, most_ - depth), has_top_p);
+        gather(std::max(floor, most_ - depth));
         if (most_ - depth <= floor || int64_t(found_.size()) == size_ ||
             weight_of(found_.begin(), found_.end()) >= wanted)
           break;
       }
     } else {
-      gather(floor, has_top_p);
+      gather(floor);
     }
-    if (has_top_p)
+    if (has_top_p())
       keep_from(last_of_nucleus(wanted));
   }
 
@@ -172,7 +171,8 @@ private:
   }
 
   // All tokens from `bound` on, by id.
-  void gather(float bound, bool has_top_p) {
+  void gather(float bound) {
+    const bool weighs = has_top_p();
     found_.clear();
     for (size_t block = 0; block < block_most_.size(); ++block) {
       if (block_most_[block] < bound)
@@ -180,7 +180,7 @@ private:
       const int64_t begin = int64_t(block) * kBlock;
       for (int64_t i = begin; i < std::min(begin + kBlock, size_); ++i)
         if (logits_[i] >= bound)
-          found_.push_back({logits_[i], i, has_top_p ? std::exp(double(logits_[i]) - most_) : 0});
+          found_.push_back({logits_[i], i, weighs ? std::exp(double(logits_[i]) - most_) : 0});
     }
   }
 

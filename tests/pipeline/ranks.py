@@ -23,8 +23,8 @@ from torch_q4metal.pipeline.handshake import Settings
 class FirstRanks(GlooTransport):
     """The ring of the first ``size`` ranks of a group that was joined before."""
 
-    def __init__(self, size, lengths_ahead):
-        self._take_place(world(), dist.get_rank(), size, lengths_ahead)
+    def __init__(self, size):
+        self._take_place(world(), dist.get_rank(), size, LENGTHS_AHEAD)
 
 
 class WeighedWorker(worker.Worker):
@@ -87,8 +87,7 @@ def main():
         seen, own = None, (0, 0)
         torch.set_num_threads((case["threads"] * 4)[everybody.rank])
         if everybody.rank < case["world_size"]:
-            lengths_ahead = LENGTHS_AHEAD or case.get("lengths_ahead", False)
-            seen, own = run(case, FirstRanks(case["world_size"], lengths_ahead))
+            seen, own = run(case, FirstRanks(case["world_size"]))
         held = [None] * everybody.world_size
         dist.all_gather_object(held, own)
         answers.append((seen, held))

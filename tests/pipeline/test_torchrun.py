@@ -16,7 +16,7 @@ LONG = {"config": {"max_position_embeddings": 2048}, "layers": LAYERS}
 CASES = {
     "two, even, tied": {
         "model": {"family": "llama"}, "world_size": 2, "settings": {"split": "4,4"},
-        "threads": [1, 1], "lengths_ahead": True,
+        "threads": [1, 1],
     },
     "two, uneven, untied, modules": {
         "model": {"family": "qwen2", "tied": False}, "world_size": 2,
@@ -29,7 +29,6 @@ CASES = {
     "three, by memory": {
         "model": {"family": "llama", "tied": False, "shards": 3}, "world_size": 3,
         "settings": {"split": "memory", "precision": "exact"}, "threads": [1, 1, 1],
-        "lengths_ahead": True,
     },
     "four, quarters": {
         "model": {"family": "llama", "tied": False, "hidden_size": 512,
